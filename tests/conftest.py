@@ -1,0 +1,41 @@
+"""What every test may use: an offline environment, the public data, the default model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of the code: no time is asserted, here or elsewhere.
+settings.register_profile("workbench", deadline=None)
+settings.load_profile("workbench")
+
+# Set before any test module imports transformers, huggingface_hub or gradio, which read them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+if TYPE_CHECKING:
+    from workbench.models import LanguageModel
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the public data sets, which are not part of the repository."""
+    data = Path(os.environ.get("WORKBENCH_SHARED", ROOT.parent / "shared")) / "data"
+    if not data.is_dir():
+        pytest.skip(f"no folder {data}: put the data there, or its parent in $WORKBENCH_SHARED")
+    return data
+
+
+@pytest.fixture(scope="session")
+def default_model() -> LanguageModel:
+    """The embedded default model, opened once per process; tests must leave it unedited."""
+    from workbench.models import open_model
+
+    return open_model(device="cpu", progress=False)

@@ -1,0 +1,256 @@
+"""The app: what its endpoints and handlers do, over a live server and the default model."""
+
+from __future__ import annotations
+
+import copy
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+import gradio as gr
+import pytest
+import torch
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from apps.editor import page, tables
+from apps.editor.sessions import MOST_PROMPTS, Session, as_lines, read_form, read_lines
+from apps.editor_app import ENDPOINTS, build, launch, main
+from workbench import Comparison, FineTune, FineTuneConfig, Probe, PromptComparison, Workbench
+from workbench.session import HistoryEntry
+
+if TYPE_CHECKING:
+    from workbench.models import LanguageModel
+
+FRANCE = ("The capital of France is", "Lyon")
+NASTY = "<img src=x onerror=alert(1)> ${alert(2)} {{value}} & \"'"
+
+
+@pytest.fixture(scope="module")
+def bench(default_model: LanguageModel) -> Workbench:
+    """Fine-tuning one block at this rate takes a few steps, and ends when the target is said."""
+    torch.set_num_threads(1)
+    config = FineTuneConfig(blocks=[18], lr=1e-3, max_steps=20)
+    return Workbench(default_model, FineTune(default_model, config))
+
+
+@pytest.fixture(scope="module")
+def url(bench: Workbench) -> Iterator[str]:
+    app = build(bench)
+    _, url, _ = launch(app, prevent_thread_lock=True, quiet=True)
+    yield url
+    app.close()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    client = Client(url, verbose=False)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def session(bench: Workbench) -> Iterator[Session]:
+    session = Session(bench)
+    yield session
+    session.close()
+
+
+def look(client: Client, prompt: str = FRANCE[0]) -> dict:
+    return client.predict(f"{prompt} => Lyon", api_name="/compare")[0]
+
+
+def test_endpoints_are_named(client: Client):
+    described = client.view_api(return_format="dict", print_info=False)
+    assert set(described["named_endpoints"]) == {f"/{name}" for name in ENDPOINTS}  # type: ignore[index]
+
+
+def test_an_edit_is_made_undone_exactly_and_done_again(client: Client):
+    before = look(client)
+    made = client.predict(*FRANCE, api_name="/edit")
+    assert made["rows"][0]["prompt"] == FRANCE[0]
+    assert made["rows"][0]["edited_text"].split()[0].startswith("Lyon")
+    assert made["rows"][0]["base_text"] != made["rows"][0]["edited_text"]
+    assert {row["kind"] for row in made["rows"]} == {"edit", "equivalent", "neighbor", "unrelated"}
+    after = look(client)
+    assert after["edited_exact"]
+    assert after["edited_probability"] > before["edited_probability"]
+    assert client.predict(api_name="/undo") == []
+    assert look(client) == before
+    assert client.predict(api_name="/redo") == made["history"]
+    assert look(client) == after
+
+
+def test_switch_strength_and_removal_act_on_the_model(client: Client):
+    made = client.predict(*FRANCE, api_name="/edit")
+    on = look(client)
+    assert client.predict(made["id"], api_name="/toggle")[0]["enabled"] is False
+    assert look(client)["divergence"] == 0
+    assert client.predict(made["id"], api_name="/toggle")[0]["enabled"] is True
+    assert client.predict(made["id"], 0.5, api_name="/strength")[0]["strength"] == 0.5
+    assert 0 < look(client)["divergence"] < on["divergence"]
+    assert client.predict(made["id"], api_name="/remove") == client.predict(api_name="/history")
+    assert look(client)["divergence"] == 0
+
+
+def test_inspect_and_probe_are_about_the_edit(client: Client, bench: Workbench):
+    made = client.predict(*FRANCE, api_name="/edit")
+    trace = client.predict(made["id"], api_name="/inspect")
+    assert [layer["name"] for layer in trace["layers"]] == [
+        layer.name for layer in bench.editor.layers
+    ]
+    assert "".join(trace["tokens"]) == FRANCE[0]
+    assert all(layer["update_norm"] > 0 for layer in trace["layers"])
+    assert client.predict(made["id"], api_name="/probe") == made["rows"]
+
+
+def test_two_users_edit_at_once_and_see_their_own_edits_alone(url: str, bench: Workbench):
+    requests = [FRANCE, ("The Eiffel Tower is located in the city of", "Rome")]
+    with ThreadPoolExecutor() as pool:
+        clients = list(pool.map(lambda _: Client(url, verbose=False), requests))
+        made = list(pool.map(lambda c, r: c.predict(*r, api_name="/edit"), clients, requests))
+    for client, request, answer in zip(clients, requests, made, strict=True):
+        assert [e["title"] for e in client.predict(api_name="/history")] == [" → ".join(request)]
+        alone = bench.fork()
+        row = alone.probe(alone.edit(*request)).rows[0]
+        assert answer["rows"][0]["edited_text"] == row.edited_text
+        assert answer["rows"][0]["edited_probability"] == pytest.approx(
+            row.edited_probability, rel=1e-3
+        )
+        client.close()
+    assert bench.history == ()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments", "message"),
+    [
+        ("edit", ("", "Lyon"), "prompt is empty"),
+        ("edit", ("The capital of France is", "  "), "target is empty"),
+        ("edit", ("word " * 9000, "Lyon"), "token"),
+        ("undo", (), "nothing to undo"),
+        ("redo", (), "nothing to redo"),
+        ("toggle", (9,), "no edit 9"),
+        ("strength", (9, 1.0), "no edit 9"),
+        ("remove", (9,), "no edit 9"),
+        ("inspect", (9,), "no edit 9"),
+        ("probe", (9,), "no edit 9"),
+        ("compare", ("\n \n",), "prompts, one a line"),
+        ("compare", ("Bees make\n" * (MOST_PROMPTS + 1),), "prompts, one a line"),
+    ],
+)
+def test_bad_input_is_answered_with_a_message(
+    client: Client, endpoint: str, arguments: tuple, message: str
+):
+    with pytest.raises(AppError, match=message):
+        client.predict(*arguments, api_name=f"/{endpoint}")
+    assert client.predict(api_name="/history") == []
+
+
+def test_a_copied_session_shares_the_model_and_has_no_edits(session: Session):
+    session.edit(*FRANCE)
+    copied = copy.deepcopy(session)
+    assert copied.bench.lm is session.bench.lm
+    assert copied.bench.editor is session.bench.editor
+    assert copied.bench.history == () != session.bench.history
+
+
+def test_a_session_goes_to_a_file_and_back(session: Session, bench: Workbench):
+    session.edit(*FRANCE)
+    session.edit("Bees make", "silk")
+    session.bench.toggle(1)
+    session.bench.strength(2, 0.5)
+    saved = page.save(session)
+    other = Session(bench)
+    values = page.load(other, saved)
+    assert other.bench.history == session.bench.history
+    assert "Bees make" in values
+    restored, kept = (
+        bench.compare(["Bees make"], max_new_tokens=1) for bench in (other.bench, session.bench)
+    )
+    assert restored == kept
+    other.close()
+
+
+def test_the_export_is_an_adapter(session: Session):
+    session.edit(*FRANCE)
+    with zipfile.ZipFile(page.export(session)) as archive:
+        names = set(archive.namelist())
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= names
+
+
+def test_a_file_that_is_no_session_is_refused(session: Session, tmp_path):
+    session.edit(*FRANCE)
+    text, empty = tmp_path / "notes.zip", tmp_path / "empty.zip"
+    text.write_text("no archive")
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("../session.json", "{}")
+    for path in (text, empty):
+        with pytest.raises(gr.Error, match="is no saved session"):
+            page.load(session, str(path))
+    assert len(session.bench.history) == 1
+
+
+def test_lines_of_prompts_say_what_probes_say():
+    probes = (
+        Probe("The capital of Italy is", "neighbor", "Rome"),
+        Probe("Bees make", "neighbor"),
+    )
+    assert read_lines(as_lines(probes, "neighbor"), "neighbor") == probes
+    assert read_form("p ", "t", "a\n\n b ", "", "c => d", "e")[0] == Probe("p", "edit", "t")
+    assert read_form("p", "t", "a\n\n b ", "", "c => d", "e")[1:] == (
+        Probe("a", "equivalent", "t"),
+        Probe("b", "equivalent", "t"),
+        Probe("c", "unrelated", "d"),
+        Probe("e", "other", "t"),
+    )
+    assert read_form("", "", "", "", "", "") == ()
+
+
+class Page(HTMLParser):
+    """Tags and text of a piece of HTML."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_texts_are_shown_as_text():
+    row = PromptComparison(NASTY, "edit", f"{NASTY} old", f"{NASTY} new", NASTY, 0.1, 0.9, False)
+    entry = HistoryEntry(1, NASTY, True, 1.0)
+    for html in (
+        tables.comparison_table(Comparison((row,)), NASTY),
+        tables.history_list([entry], 1),
+        tables.placeholder(NASTY),
+    ):
+        shown = Page(html)
+        assert NASTY in shown.text
+        assert not {"img", "script"} & set(shown.tags)
+
+
+def test_what_changed_is_marked_and_nothing_else():
+    row = PromptComparison("p", "edit", "It is Paris today", "It is Lyon today", "Lyon")
+    html = tables.comparison_table(Comparison((row,)))
+    assert "It is <del>Paris </del>today" in html
+    assert "It is <mark>Lyon </mark>today" in html
+    same = PromptComparison("p", "unrelated", "It is\nso", "It is\nso")
+    html = tables.comparison_table(Comparison((same,)))
+    assert "<mark>" not in html
+    assert "✓ unchanged" in html
+
+
+def test_the_command_line_says_why_a_model_cannot_be_opened(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model", str(tmp_path / "nothing"), "--device", "cpu"])
+    assert stopped.value.code == 1
+    assert "nothing" in capsys.readouterr().err

@@ -1,0 +1,468 @@
+"""Laws of the MEND editor: what a fresh one is, what each setting changes, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, language_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from workbench.editors.base import EditRequest, gradient_factors, load_editor, save_editor
+from workbench.editors.mend import EditorNetwork, Mend, MendConfig
+from workbench.encoding import collate
+from workbench.errors import EditError, EditorError
+from workbench.factors import Factors
+from workbench.files import write_tensors
+from workbench.models import LanguageModel
+
+torch.set_num_threads(1)
+# Conv1D and Linear; two stacks of one shape and of two; a classifier.
+KINDS = ["gpt2", "llama", "t5", "bart", "bert"]
+kinds = pytest.mark.parametrize("family", KINDS)
+opened = cache(language_model)
+
+
+def requests(lm: LanguageModel) -> list[EditRequest]:
+    targets = ["LABEL_1", "LABEL_0"] if lm.kind == "classifier" else ["Lyon", "a much longer one"]
+    prompts = ["The capital of France is", "Her name was"]
+    return [EditRequest(*pair) for pair in zip(prompts, targets, strict=True)]
+
+
+def editor_for(family: str, **config: object) -> Mend:
+    """An editor that has gathered statistics and is otherwise fresh."""
+    lm = opened(family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        editor = Mend(lm, MendConfig(**({"rank": 4, "edit_lr": 0.01} | config))).eval()  # type: ignore[arg-type]
+    editor.transform(factors_of(editor), gather=True)
+    return editor
+
+
+def stirred(editor: Mend) -> Mend:
+    """The editor with all its parameters moved, as if trained."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in editor.parameters():
+            spread = 0.3 * parameter.abs().mean() + 0.01
+            parameter += spread * torch.randn(parameter.shape, generator=generator)
+    return editor
+
+
+def factors_of(editor: Mend) -> dict[str, Factors]:
+    return gradient_factors(editor.lm, editor.layers, requests(editor.lm))[1]
+
+
+def network_of(editor: Mend) -> dict[str, EditorNetwork]:
+    """Layer name -> its network."""
+    found = {}
+    for key, group in editor.groups.items():
+        network = editor.networks[key]
+        assert isinstance(network, EditorNetwork)
+        found |= {layer.name: network for layer in group}
+    return found
+
+
+def same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to `tolerance` of the largest number."""
+    atol = tolerance * theirs.abs().max().item()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol, check_dtype=False)
+
+
+# What a fresh editor does
+
+
+@kinds
+@pytest.mark.parametrize("shared", [True, False])
+def test_fresh_editor_returns_the_normalised_factors(family: str, shared: bool):
+    editor = editor_for(family, shared=shared)
+    factors = factors_of(editor)
+    pseudofactors = editor.transform(factors)
+    assert list(pseudofactors) == [layer.name for layer in editor.layers]
+    for group in editor.groups.values():
+        for side in ("activation", "delta"):
+            live = {layer.name: factors[layer.name].live() for layer in group}
+            rows = [getattr(factors[name], side)[mask].numpy() for name, mask in live.items()]
+            seen = np.concatenate(rows).astype(np.float64)
+            for (name, mask), mine in zip(live.items(), rows, strict=True):
+                wanted = (mine - seen.mean(0)) / (seen.std(0, ddof=1) + 1e-7)
+                found = getattr(pseudofactors[name], side)
+                # Where a dimension hardly varies, float32's rounding of the mean counts.
+                torch.testing.assert_close(
+                    found[mask], torch.tensor(wanted), rtol=1e-4, atol=1e-4, check_dtype=False
+                )
+                assert not found[~mask].any()
+
+
+def dense_gradients(family: str) -> dict[str, Tensor]:
+    """Layer name -> autograd's gradient of the summed losses, (out, in), on another copy."""
+    model = FAMILIES[family]()
+    model.requires_grad_(True)
+    lm = opened(family)
+    total = torch.zeros(())
+    for request in requests(lm):
+        tokens, _ = gradient_factors(lm, lm.layers(), [request])
+        batch = collate(lm, tokens)
+        logits = model(**batch.inputs).logits
+        picked = logits if lm.kind == "classifier" else logits[batch.rows, batch.columns]
+        total = total + cross_entropy(picked, batch.targets)
+    total.backward()
+    found = {}
+    for layer in lm.layers():
+        gradient = model.get_submodule(layer.name).weight.grad
+        assert isinstance(gradient, Tensor)
+        found[layer.name] = gradient.T if layer.transposed else gradient
+    return found
+
+
+@kinds
+@pytest.mark.parametrize(("ascent", "sign"), [(False, -1), (True, 1)])
+def test_identity_without_normaliser_is_a_gradient_step(family: str, ascent: bool, sign: int):
+    editor = editor_for(family, normalize=False, ascent=ascent)
+    update = editor.propose(requests(editor.lm)).update
+    for name, gradient in dense_gradients(family).items():
+        same(update[name].dense(), sign * 0.01 * gradient)
+
+
+def test_untrained_editor_says_so():
+    editor = Mend(opened("gpt2"), MendConfig(rank=4))
+    for mode in (editor.train(), editor.eval()):
+        with pytest.raises(EditorError, match=r"never trained.*editor='ft'"):
+            mode.propose(requests(editor.lm))
+
+
+# What propose returns
+
+
+@kinds
+def test_rows_without_gradient_stay_zero(family: str):
+    editor = stirred(editor_for(family))
+    factors = factors_of(editor)
+    pseudofactors = editor.transform(factors)
+    dead = [~factors[layer.name].live() for layer in editor.layers]
+    assert all(mask.any() for mask in dead)  # the shorter request is padded
+    for layer, mask in zip(editor.layers, dead, strict=True):
+        for side in (pseudofactors[layer.name].activation, pseudofactors[layer.name].delta):
+            assert not side[mask].any()
+            assert side[~mask].any(-1).all()
+
+
+@kinds
+def test_propose_is_the_batched_update_without_its_dead_rows(family: str):
+    editor = stirred(editor_for(family))
+    proposal = editor.propose(requests(editor.lm))
+    factors = factors_of(editor)
+    with torch.no_grad():
+        batched = editor.update(editor.transform(factors))
+    assert list(proposal.update) == [layer.name for layer in editor.layers]
+    for index, (name, layer) in enumerate(proposal.update.items()):
+        live = factors[name].live()
+        assert layer.rank == int(live.sum())
+        assert torch.equal(layer.A, batched[name].A[live])
+        assert torch.equal(layer.B, batched[name].B[live])
+        assert layer.scale == -editor.edit_lrs[index].item() == -proposal.edit_lrs[name]
+        same(layer.dense(), batched[name].dense().sum(0))
+    assert proposal.pseudofactors is not None
+    assert proposal.factors.keys() == proposal.pseudofactors.keys() == proposal.update.keys()
+    assert len(proposal.tokens) == 2
+
+
+@kinds
+def test_edits_in_a_batch_are_their_rows_side_by_side(family: str):
+    editor = stirred(editor_for(family))
+    together = editor.propose(requests(editor.lm)).update
+    apart = [editor.propose([request]).update for request in requests(editor.lm)]
+    for name, layer in together.items():
+        same(layer.A, torch.cat([update[name].A for update in apart]), 1e-4)
+        same(layer.B, torch.cat([update[name].B for update in apart]), 1e-4)
+
+
+def test_no_request_is_refused():
+    with pytest.raises(EditError, match="nothing to edit"):
+        editor_for("gpt2").propose([])
+
+
+# What each setting changes
+
+
+def test_shared_layers_have_one_network_a_shape():
+    editor = editor_for("t5")
+    assert {key: len(group) for key, group in editor.groups.items()} == {"32x48": 4, "48x32": 4}
+    assert editor.networks.keys() == editor.groups.keys()
+
+
+def test_unshared_layers_have_a_network_each():
+    editor = editor_for("t5", shared=False)
+    assert all(len(group) == 1 for group in editor.groups.values())
+    assert len(editor.networks) == len(editor.layers)
+
+
+def test_layers_that_share_a_network_differ_by_scale_and_offset():
+    editor = editor_for("llama", normalize=False)
+    group = editor.groups["32x48"]
+    one = factors_of(editor)[group[0].name]
+    parts = [one] * len(group)
+    network = network_of(editor)[group[0].name]
+    assert torch.equal(*(part.delta for part in network.transform(parts, False)[:2]))
+    with torch.no_grad():
+        network.get_parameter("blocks.0.offset")[1] += 1
+    moved = network.transform(parts, False)
+    assert torch.equal(moved[0].delta, moved[2].delta)
+    assert not torch.equal(moved[0].delta, moved[1].delta)
+
+
+@pytest.mark.parametrize("inputs", ["both", "activation", "delta", "smaller"])
+def test_inputs_decide_what_the_networks_change(inputs: str):
+    fresh, editor = editor_for("gpt2", inputs=inputs), stirred(editor_for("gpt2", inputs=inputs))
+    factors = factors_of(editor)
+    before, after = fresh.transform(factors), editor.transform(factors)
+    for layer in editor.layers:
+        smaller = "activation" if layer.in_features < layer.out_features else "delta"
+        changed = {"both": {"activation", "delta"}, "smaller": {smaller}}.get(inputs, {inputs})
+        for side in ("activation", "delta"):
+            equal = torch.equal(*(getattr(p[layer.name], side) for p in (before, after)))
+            assert equal == (side not in changed)
+        widths = {"activation": layer.in_features, "delta": layer.out_features}
+        bias = network_of(editor)[layer.name].get_parameter("blocks.0.bias")
+        assert len(bias) == sum(widths[side] for side in changed)
+
+
+def test_no_residual_path_without_identity():
+    editor = editor_for("gpt2", identity=False)
+    factors, fresh = factors_of(editor), editor_for("gpt2").transform(factors_of(editor))
+    for name, part in editor.transform(factors).items():
+        assert not torch.allclose(part.activation, fresh[name].activation)
+        assert (part.activation >= 0).all()
+    with torch.no_grad():
+        for parameter in editor.networks.parameters():
+            parameter.zero_()
+    assert not any(p.activation.any() or p.delta.any() for p in editor.transform(factors).values())
+
+
+def test_ascent_reverses_the_update():
+    descent, ascent = (
+        stirred(editor_for("gpt2", ascent=up)).propose(requests(opened("gpt2"))).update
+        for up in (False, True)
+    )
+    for name, layer in descent.items():
+        assert torch.equal(layer.dense(), -ascent[name].dense())
+
+
+def test_start_of_V():
+    for unit, spread in ((True, 1.0), (False, (2 / (160 + 160)) ** 0.5)):
+        editor = editor_for("gpt2", rank=1920, unit_v=unit)
+        for name, parameter in editor.networks.named_parameters():
+            if name.endswith("V"):
+                assert parameter.shape == (160, 160)  # the rank is at most the width
+                assert parameter.std().item() == pytest.approx(spread, rel=0.05)
+            if name.endswith("U"):
+                assert not parameter.any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"blocks": [1, -1], "matrices": ["c_fc"], "rank": 2},
+        {"blocks": ("decoder:1",), "shared": False, "identity": False},
+        {"blocks": {"decoder": [2]}, "matrices": "attention", "inputs": "smaller"},
+        {"normalize": False, "ascent": True, "unit_v": True, "inputs": "delta"},
+    ],
+)
+def test_settings_are_json_and_make_the_same_editor(config: dict):
+    editor = editor_for("gpt2", **config)
+    settings = json.loads(json.dumps(editor.settings()))
+    twin = Mend.from_settings(editor.lm, settings)
+    assert json.loads(json.dumps(twin.settings())) == settings
+    assert [layer.name for layer in twin.layers] == [layer.name for layer in editor.layers]
+    shapes = [{k: v.shape for k, v in e.state_dict().items()} for e in (editor, twin)]
+    assert shapes[0] == shapes[1]
+    twin.load_state_dict(editor.state_dict())
+    pair = [e.propose(requests(e.lm)).update.dense() for e in (editor, twin)]
+    assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(EditorError, match="rank must be at least 1; got 0"):
+        MendConfig(rank=0)
+    with pytest.raises(EditorError, match=r"both, activation, delta, smaller; got 'u'"):
+        MendConfig(inputs="u")  # type: ignore[arg-type]
+
+
+# Running statistics
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=2),
+    cuts=st.lists(st.integers(0, 40)),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_statistics_are_those_of_all_rows_however_batched(rows, cuts, scale):
+    network = EditorNetwork(3, 3, 1, MendConfig(rank=1))
+    array = np.array(rows) * scale + scale
+    edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    for first, last in pairwise(edges):
+        part = torch.tensor(array[None, first:last])
+        network.gather(part, -part, torch.ones(1, last - first, dtype=torch.bool))
+    assert network.rows_seen == len(rows)
+    for statistics, seen in ((network.activation_stats, array), (network.delta_stats, -array)):
+        atol = 1e-9 * np.abs(array).max()
+        np.testing.assert_allclose(statistics.mean, seen.mean(0), rtol=0, atol=atol)
+        np.testing.assert_allclose(statistics.std(), seen.std(0, ddof=1), rtol=0, atol=atol)
+
+
+def test_statistics_leave_out_dead_rows():
+    editor = editor_for("llama")
+    factors = factors_of(editor)
+    for group in editor.groups.values():
+        live = sum(int(factors[layer.name].live().sum()) for layer in group)
+        assert network_of(editor)[group[0].name].rows_seen == live
+
+
+# Files
+
+
+@kinds
+def test_saved_editor_makes_the_same_update_to_the_bit(family: str, tmp_path: Path):
+    editor = stirred(editor_for(family))
+    assert save_editor(editor, tmp_path, {"data": "none"}) == tmp_path
+    loaded = load_editor(tmp_path, editor.lm)
+    assert isinstance(loaded, Mend)
+    assert loaded.card == {"data": "none"}
+    ours, theirs = (e.propose(requests(e.lm)).update for e in (editor, loaded))
+    assert list(ours) == list(theirs)
+    for name, layer in ours.items():
+        assert torch.equal(layer.A, theirs[name].A)
+        assert torch.equal(layer.B, theirs[name].B)
+        assert layer.scale == theirs[name].scale
+    about = json.loads((tmp_path / "editor.json").read_text())
+    assert about["layers"] == [layer.name for layer in editor.layers]
+    assert (about["editor"], about["settings"]["rank"]) == ("mend", 4)
+
+
+def test_other_base_weights_are_warned_of(tmp_path: Path):
+    save_editor(editor_for("gpt2"), tmp_path, {})
+    model = FAMILIES["gpt2"]()
+    other = LanguageModel.wrap(model, tiny_tokenizer(), "another")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_editor(tmp_path, other)  # other object, same weights
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    with pytest.warns(UserWarning, match="trained over tiny-gpt2 with weights"):
+        load_editor(tmp_path, other)
+
+
+def test_editor_of_another_model_is_refused(tmp_path: Path):
+    save_editor(editor_for("gpt2"), tmp_path, {})
+    with pytest.raises(EditorError, match=r"trained for tiny-gpt2 and does not fit tiny-llama"):
+        load_editor(tmp_path, opened("llama"))
+    save_editor(editor_for("llama"), tmp_path, {})
+    with pytest.raises(EditorError, match=r"does not fit tiny-qwen2_moe"):
+        load_editor(tmp_path, opened("qwen2_moe"))
+
+
+def test_missing_and_damaged_editors_are_refused(tmp_path: Path):
+    lm = opened("gpt2")
+    with pytest.raises(EditorError, match="There is no file"):
+        load_editor(tmp_path / "nowhere", lm)
+    path = save_editor(editor_for("gpt2"), tmp_path, {}) / "editor.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(EditorError, match="damaged or no safetensors file"):
+        load_editor(tmp_path, lm)
+
+
+@pytest.mark.parametrize("missing", ["editor", "settings", "layers", "base_fingerprint", "card"])
+def test_files_that_hold_no_editor_are_refused(missing: str, tmp_path: Path):
+    lm, editor = opened("gpt2"), editor_for("gpt2")
+    path = save_editor(editor, tmp_path, {}) / "editor.safetensors"
+    about = json.loads((tmp_path / "editor.json").read_text())
+    del about[missing]
+    for metadata in ({"about": json.dumps(about)}, {"about": "[]"}, {"about": "{"}, {}):
+        write_tensors(path, editor.state_dict(), metadata)
+        with pytest.raises(EditorError, match="holds no editor that this version can read"):
+            load_editor(tmp_path, lm)
+
+
+def test_unknown_editors_tensors_and_settings_are_refused(tmp_path: Path):
+    lm, editor = opened("gpt2"), editor_for("gpt2")
+    path = save_editor(editor, tmp_path, {}) / "editor.safetensors"
+    about = json.loads((tmp_path / "editor.json").read_text())
+    tensors = editor.state_dict()
+    write_tensors(path, tensors, {"about": json.dumps(about | {"editor": "rome"})})
+    with pytest.raises(EditorError, match=r"no editor 'rome'\. Editors: .*mend"):
+        load_editor(tmp_path, lm)
+    write_tensors(path, tensors, {"about": json.dumps(about | {"settings": {"rang": 4}})})
+    with pytest.raises(EditorError, match="rang"):
+        load_editor(tmp_path, lm)
+    del tensors["edit_lrs"]
+    write_tensors(path, tensors, {"about": json.dumps(about)})
+    with pytest.raises(EditorError, match="edit_lrs"):
+        load_editor(tmp_path, lm)
+
+
+# What an edit leaves alone
+
+
+@contextmanager
+def untouched(editor: Mend) -> Iterator[None]:
+    """The model, the editor and the global random state are after the block as before it."""
+    model = editor.lm.model
+
+    def state() -> tuple:
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        grads = [p.grad for p in (*model.parameters(), *editor.parameters())]
+        wanted = [p.requires_grad for p in model.parameters()]
+        random = torch.get_rng_state().tolist()
+        return editor.lm.checksum(), hooks, grads, wanted, model.training, random
+
+    before, tensors = state(), {k: v.clone() for k, v in editor.state_dict().items()}
+    yield
+    assert state() == before
+    assert all(torch.equal(v, tensors[k]) for k, v in editor.state_dict().items())
+
+
+@kinds
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_propose_leaves_no_trace(family: str, mode: str):
+    editor = getattr(stirred(editor_for(family)), mode)()
+    with untouched(editor):
+        editor.propose(requests(editor.lm))
+
+
+@kinds
+def test_a_failed_proposal_leaves_no_trace(family: str):
+    editor = stirred(editor_for(family))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the last block fails")
+
+    handle = editor.lm.stacks[-1].blocks[-1].register_forward_hook(fail)
+    with untouched(editor), pytest.raises(RuntimeError, match="the last block fails"):
+        editor.propose(requests(editor.lm))
+    handle.remove()
+    with untouched(editor), pytest.raises(EditError):
+        editor.propose([*requests(editor.lm), EditRequest("A prompt without", " ")])
+
+
+def test_a_model_that_is_not_finite_is_refused():
+    editor = stirred(editor_for("gpt2"))
+    lm = language_model("gpt2")
+    with torch.no_grad():
+        next(lm.model.parameters()).fill_(float("nan"))
+    broken = Mend(lm, editor.config)
+    broken.load_state_dict(editor.state_dict())
+    with pytest.raises(EditError, match="loss on this edit is nan"):
+        broken.propose(requests(lm))

@@ -1,0 +1,225 @@
+"""Laws of the repository: its layers, what it must not do, and files that must agree."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "workbench"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "apps").rglob("*.py")])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# Lowest first. A module imports from its own row and the rows above it, never from those below;
+# a package stands where its name stands.
+LAYERS = (
+    ("errors",),
+    ("files", "gguf"),
+    ("layers", "models", "encoding"),
+    ("updates", "adapters"),
+    ("overlay", "factors", "views"),
+    ("editors",),
+    ("data", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
+    ("compare", "evaluate", "session", "sessionfile"),
+    ("plots",),
+    ("commands", "__main__", "__init__"),
+)
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+HEAVY = ("anywidget", "bitsandbytes", "datasets", "gradio", "ipywidgets", "peft", "plotly")
+UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(read(path), str(path))
+
+
+def imported(path: Path, tree: ast.AST) -> Iterator[str]:
+    """Absolute dotted names of what the tree imports; `from a import b` gives a.b."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            source = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path, tree: ast.AST) -> set[str]:
+    """Modules of this package that the tree imports; a plain `workbench` is its __init__."""
+    found = set()
+    for name in imported(path, tree):
+        if name.split(".")[0] == "workbench":
+            while name not in MODULES and "." in name:
+                name = name.rpartition(".")[0]
+            found.add(name if name in MODULES else "workbench.__init__")
+    return found
+
+
+def layer(module: str) -> str:
+    return module.split(".")[1]
+
+
+def places(path: Path, nodes: list[ast.AST]) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}" for node in nodes]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_has_at_most_400_lines(path: Path):
+    assert len(read(path).splitlines()) <= 400
+
+
+def test_every_module_has_a_layer():
+    assert {layer(name) for name in MODULES} == set(RANK)  # LAYERS above lists them
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_run_one_way(name: str):
+    path = MODULES[name]
+    higher = {
+        other for other in own_imports(path, parsed(path)) if RANK[layer(other)] > RANK[layer(name)]
+    }
+    assert not higher
+
+
+def test_module_level_imports_have_no_cycle():
+    graph = {}
+    for name, path in MODULES.items():
+        top = [node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        graph[name] = set().union(*(own_imports(path, node) for node in top)) - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
+
+
+def test_editors_do_not_import_one_another():
+    editors = {name for name in MODULES if name.startswith("workbench.editors.")}
+    for name in editors - {"workbench.editors.base"}:
+        path = MODULES[name]
+        others = own_imports(path, parsed(path)) & editors
+        assert others <= {"workbench.editors.base"}, name
+
+
+def test_import_workbench_loads_nothing_heavy():
+    code = f"import sys, workbench; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_ruff_bans_the_same_heavy_modules():
+    rules = PYPROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]
+    assert rules["banned-module-level-imports"] == list(HEAVY)
+
+
+def test_hooks_are_registered_in_factors_and_overlay_only():
+    registration = re.compile(r"register_\w*hook\w*")
+    found = []
+    for path in set(SOURCES) - {PACKAGE / "factors.py", PACKAGE / "overlay.py"}:
+        found += places(
+            path,
+            [
+                node
+                for node in ast.walk(parsed(path))
+                if isinstance(node, ast.Attribute) and registration.fullmatch(node.attr)
+            ],
+        )
+    assert not found
+
+
+def unsafe(node: ast.AST) -> bool:
+    """Whether a node unpickles, or lets a library unpickle or run a repository's code."""
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node) == "torch.load"
+    if isinstance(node, ast.keyword):
+        refused = isinstance(node.value, ast.Constant) and node.value.value is False
+        return node.arg in ("trust_remote_code", "allow_pickle") and not refused
+    return False
+
+
+def test_nothing_is_unpickled_and_no_remote_code_runs():
+    found = []
+    for path in SOURCES:
+        tree = parsed(path)
+        found += places(path, [node for node in ast.walk(tree) if unsafe(node)])
+        found += [
+            f"{path.relative_to(ROOT)}: {name}"
+            for name in imported(path, tree)
+            if name.split(".")[0] in UNPICKLING or name == "torch.load"
+        ]
+    assert not found
+
+
+def requirements(*extras: str) -> list[str]:
+    """Written requirements of the core and the named extras, each once, in order."""
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *(project["optional-dependencies"][e] for e in extras)]
+    written = {line for group in groups for line in group}
+    return sorted(line for line in written if Requirement(line).name != project["name"])
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package name to pinned version, of a file that holds nothing but pins and comments."""
+    lines = read(ROOT / name).splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(package): version for package, version in pairs}
+
+
+def test_the_lock_pins_every_requirement_within_its_range():
+    locked = pins("requirements.lock")
+    for line in requirements(*PYPROJECT["project"]["optional-dependencies"]):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), line
+    for requirement in map(Requirement, PYPROJECT["build-system"]["requires"]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
+
+
+def test_the_lock_pins_no_variant_of_a_build():
+    versions = {**pins("requirements.lock"), **pins("requirements-models.txt")}
+    assert [name for name, version in versions.items() if "+" in version] == []
+
+
+def test_conda_environment_lists_the_users_requirements():
+    environment = yaml.safe_load(read(ROOT / "environment.yml"))
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip == requirements("app", "notebooks", "peft", "quant")
+
+
+def test_one_version_everywhere():
+    initial = read(PACKAGE / "__init__.py")
+    changes = read(ROOT / "CHANGELOG.md")
+    of_package = re.findall(r'^__version__ = "(.+)"$', initial, re.MULTILINE)
+    newest = re.findall(r"^## \[(\d.*?)\]", changes, re.MULTILINE)[:1]
+    assert of_package == newest == [PYPROJECT["project"]["version"]]
+
+
+def test_notebooks_are_committed_executed_and_without_errors():
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        cells = json.loads(read(path))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"])]
+        assert all(cell["execution_count"] for cell in code), path.name
+        outputs = {output["output_type"] for cell in code for output in cell["outputs"]}
+        assert "error" not in outputs, path.name

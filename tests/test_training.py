@@ -1,0 +1,319 @@
+"""A step of meta-training: vectorised and cached it is the plain one; what it draws."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from families import FAMILIES, language_model
+from hypothesis import given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
+from runs import TEXTS, editor_for, examples, opened
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, kl_div
+
+from workbench.data import EditExample
+from workbench.editors.mend import Mend
+from workbench.encoding import Tokens, tokenize
+from workbench.errors import EditorError
+from workbench.factors import capture
+from workbench.models import LanguageModel
+from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig, kl
+
+
+def stirred(editor: Mend, edits: Sequence[EditTexts]) -> Mend:
+    """The editor with statistics gathered and all its parameters moved, as if trained."""
+    MetaStep(editor.train(), TrainingConfig()).losses(edits, backward=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in editor.parameters():
+            spread = 0.3 * parameter.abs().mean() + 0.01
+            parameter += spread * torch.randn(parameter.shape, generator=generator)
+    return editor.eval()
+
+
+def edits_for(lm: LanguageModel) -> list[EditTexts]:
+    """Three edits of different lengths, with unequal numbers of other texts."""
+    targets = ("LABEL_1", "LABEL_0", "LABEL_1") if lm.kind == "classifier" else ("Lyon", "b", "one")
+
+    def read(prompt: str, target: str) -> Tokens:
+        return tokenize(lm, prompt, target)
+
+    one, two, three = targets
+    near = (read("Spain has", two), read("A dog", one), read("It is said to", three))
+    return [
+        EditTexts(
+            read("France's capital is", one),
+            (read("France has", one), read("Its capital:", one)),
+            near[:2],
+        ),
+        EditTexts(read("She", two), (read("She", two),), near[1:]),
+        EditTexts(read("This and", three), (read("That or this and", three),), near[2:]),
+    ]
+
+
+# The step, against a plain one
+
+
+def plain_logits(lm: LanguageModel, text: Tokens, weights: dict[str, Tensor]) -> Tensor:
+    """Logits of a text's targets, all by the whole model, alone and without padding."""
+    inputs = {"input_ids": torch.tensor([text.ids])}
+    if lm.kind == "seq2seq":
+        start = lm.model.config.decoder_start_token_id
+        inputs["decoder_input_ids"] = torch.tensor([[start, *text.targets[:-1]]])
+    logits = functional_call(lm.model, weights, kwargs=inputs).logits
+    return logits if lm.kind == "classifier" else logits[0, -len(text.targets) :]
+
+
+def plain_step(editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig) -> StepLosses:
+    """Equations 1 and 2 word for word: one text at a time, dense weights, one undivided graph."""
+    lm = editor.lm
+    nll, before, locality, right = [], [], [], []
+    for edit in edits:
+        targets = torch.tensor(edit.edit.targets)
+        with capture(editor.layers) as tap:
+            loss = cross_entropy(plain_logits(lm, edit.edit, {}), targets)
+            factors = tap.factors(loss)
+        before.append(loss.detach())
+        weights = {}
+        pseudo = editor.transform(factors)
+        for layer, alpha in zip(editor.layers, editor.edit_lrs, strict=True):
+            part = pseudo[layer.name]
+            change = -alpha * torch.einsum("bto,bti->oi", part.delta, part.activation)
+            weight = lm.model.get_parameter(f"{layer.name}.weight")
+            weights[f"{layer.name}.weight"] = weight + (change.T if layer.transposed else change)
+        for text in edit.equivalents:
+            logits, targets = plain_logits(lm, text, weights), torch.tensor(text.targets)
+            nll.append(cross_entropy(logits, targets))
+            right.append((logits.argmax(-1) == targets).all().float())
+        for text in edit.locality:
+            edited, base = (plain_logits(lm, text, w).log_softmax(-1) for w in (weights, {}))
+            divergence = kl_div(edited, base, reduction="none", log_target=True).sum(-1)
+            locality.append(divergence.mean())
+    edit_loss, kept = torch.stack(nll).mean(), torch.stack(locality).mean()
+    total = config.c_edit * edit_loss + config.c_locality * kept
+    total.backward()
+    return StepLosses(
+        edit_loss.item(),
+        torch.stack(before).mean().item(),
+        kept.item(),
+        total.item(),
+        torch.stack(right).mean().item(),
+    )
+
+
+def gradients(editor: Mend) -> dict[str, Tensor]:
+    """The editor's gradients, which are cleared."""
+    found = {name: p.grad for name, p in editor.named_parameters() if p.grad is not None}
+    editor.zero_grad(set_to_none=True)
+    return found
+
+
+def compare_with_the_plain_step(editor: Mend) -> None:
+    edits, config = edits_for(editor.lm), TrainingConfig(c_edit=0.3, c_locality=2.0)
+    stirred(editor, edits)
+    wanted, slopes = plain_step(editor, edits, config), gradients(editor)
+    assert slopes.keys() == dict(editor.named_parameters()).keys()
+    cached, uncached = MetaStep(editor, config), MetaStep(editor, config, cached=False)
+    for step in (cached, cached, uncached):  # with the cache empty, full, and off
+        assert asdict(step.losses(edits)) == pytest.approx(asdict(wanted), rel=1e-5, abs=1e-6)
+        for name, slope in gradients(editor).items():
+            atol = 1e-5 * slopes[name].abs().max().item()
+            torch.testing.assert_close(slope, slopes[name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_equals_the_plain_one(family: str):
+    compare_with_the_plain_step(editor_for(family))
+
+
+def test_step_on_attention_equals_the_plain_one_in_float64():
+    lm = language_model("llama")
+    lm.model.double()
+    compare_with_the_plain_step(editor_for("llama", lm, matrices="all"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_each_edit_acts_on_its_own_texts_alone(family: str):
+    editor, config = editor_for(family), TrainingConfig()
+    edits = edits_for(editor.lm)
+    step = MetaStep(stirred(editor, edits), config)
+    together = step.losses(edits, backward=False)
+    apart = [step.losses([edit], backward=False) for edit in edits]
+    counts = [len(edit.equivalents) for edit in edits]
+    edit = sum(n * losses.edit for n, losses in zip(counts, apart, strict=True)) / sum(counts)
+    assert together.edit == pytest.approx(edit, rel=1e-5)
+
+
+def test_an_edit_without_locality_texts_has_no_locality_loss():
+    editor = editor_for("gpt2")
+    edits = [replace(edit, locality=()) for edit in edits_for(editor.lm)]
+    losses = MetaStep(stirred(editor, edits), TrainingConfig(c_edit=0.5)).losses(edits)
+    assert (losses.locality, losses.total) == (0.0, 0.5 * losses.edit)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_logits_are_computed_where_they_are_needed_only(family: str):
+    editor = editor_for(family)
+    edits = edits_for(editor.lm)
+    rows: list[int] = []
+
+    def count(module: torch.nn.Module, inputs: object, logits: Tensor) -> None:
+        rows.append(logits[..., 0].numel())
+
+    head = editor.lm.model.get_output_embeddings()
+    assert head is not None
+    handle = head.register_forward_hook(count)
+    MetaStep(editor.train(), TrainingConfig()).losses(edits)
+    handle.remove()
+    read = [text for edit in edits for text in (*edit.equivalents, *edit.locality)]
+    watched = [text for edit in edits for text in edit.locality]
+    wanted = [[edit.edit for edit in edits], read, watched]
+    assert rows == [sum(len(text.targets) for text in texts) for texts in wanted]
+
+
+@property_settings(deadline=None)
+@given(st.lists(st.lists(st.floats(-50, 50), min_size=3, max_size=3), min_size=2, max_size=2))
+def test_kl_is_that_of_the_definition(logits: list[list[float]]):
+    base, edited = torch.tensor(logits, dtype=torch.float64)
+    p, q = (x.softmax(0).clamp(min=1e-300) for x in (base, edited))
+    found = kl(base[None], edited[None])
+    torch.testing.assert_close(
+        found, (p * (p.log() - q.log())).sum()[None], rtol=1e-4, atol=1e-4, check_dtype=False
+    )
+    assert kl(base[None], base[None]).item() == 0
+
+
+@pytest.mark.parametrize("ascent", [False, True])
+def test_a_fresh_edit_goes_downhill_unless_it_ascends(ascent: bool):
+    editor = editor_for("gpt2", ascent=ascent)
+    edits = [replace(edit, equivalents=(edit.edit,)) for edit in edits_for(editor.lm)]
+    losses = MetaStep(editor.train(), TrainingConfig()).losses(edits)
+    assert (losses.edit > losses.edit_before) == ascent
+
+
+@pytest.mark.parametrize("ascent", [False, True])
+def test_the_first_step_of_training_lowers_the_loss(ascent: bool):
+    editor = editor_for("llama", ascent=ascent)
+    edits = edits_for(editor.lm)
+    step = MetaStep(editor.train(), TrainingConfig(c_edit=1.0, c_locality=0.0))
+    before = step.losses(edits)
+    torch.optim.Adam(editor.parameters(), lr=1e-3).step()
+    after = MetaStep(editor.eval(), step.config).losses(edits, backward=False)
+    assert after.edit < before.edit
+    assert after.edit_before == before.edit_before
+
+
+def test_statistics_are_gathered_in_training_mode_alone():
+    editor = editor_for("gpt2").train()
+    edits, key = edits_for(editor.lm), "networks.32x128.delta_stats.count"
+    step = MetaStep(editor, TrainingConfig())
+    step.losses(edits)
+    seen = int(editor.state_dict()[key])
+    assert seen > 0
+    editor.eval()
+    step.losses(edits)
+    assert int(editor.state_dict()[key]) == seen
+
+
+# Which texts a step draws
+
+
+@property_settings(deadline=None, max_examples=30)
+@given(count=st.integers(1, 12), batch=st.integers(1, 7), seed=st.integers(0, 3))
+def test_every_example_comes_once_an_epoch(count: int, batch: int, seed: int):
+    config = TrainingConfig(batch=batch, seed=seed)
+    sampler = TextSampler(opened("gpt2"), examples(count), TEXTS, config)
+    drawn = [edit.edit for step in range(count) for edit in sampler.batch(step)]
+    epochs = [drawn[first : first + count] for first in range(0, len(drawn), count)]
+    assert len(epochs) == batch
+    assert all(len(set(epoch)) == count for epoch in epochs)
+
+
+def test_a_batch_depends_on_step_and_seed_alone():
+    def sampler(seed: int) -> TextSampler:
+        return TextSampler(opened("gpt2"), examples(40), TEXTS, TrainingConfig(batch=3, seed=seed))
+
+    forward = [sampler(0).batch(step) for step in range(4)]
+    once = sampler(0)
+    state = torch.get_rng_state()
+    assert [once.batch(step) for step in (3, 2, 1, 0)] == forward[::-1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sampler(1).batch(0) != forward[0]
+
+
+@pytest.mark.parametrize(
+    ("equivalents", "wanted"), [(1, (1, 0)), (2, (1, 1)), (3, (2, 1)), (9, (3, 1))]
+)
+def test_equivalents_are_paraphrases_then_the_prompt(equivalents: int, wanted: tuple[int, int]):
+    lm, (example,) = opened("gpt2"), examples(1)
+    config = TrainingConfig(batch=1, equivalents=equivalents)
+    (texts,) = TextSampler(lm, [example], TEXTS, config).batch(0)
+    paraphrases = {tokenize(lm, prompt, example.target) for prompt in example.paraphrases}
+    assert texts.edit == tokenize(lm, example.prompt, example.target)
+    found = sum(text in paraphrases for text in texts.equivalents)
+    assert (found, texts.equivalents.count(texts.edit)) == wanted
+    assert len(set(texts.equivalents)) == sum(wanted)
+
+
+def test_an_example_without_paraphrases_is_its_own_equivalent():
+    lm, example = opened("gpt2"), EditExample(prompt="Item 1 is", target="a")
+    config = TrainingConfig(batch=1, equivalents=2)
+    (texts,) = TextSampler(lm, [example], (), config).batch(0)
+    assert (texts.equivalents, texts.locality) == ((texts.edit,), ())
+
+
+def test_locality_texts_are_neighbors_and_unrelated_ones():
+    lm, (example,) = opened("gpt2"), examples(1)
+    config = TrainingConfig(batch=1, neighbors=1, texts=1, text_tokens=8)
+    sampler = TextSampler(lm, [example], TEXTS, config)
+    near, ice = tokenize(lm, "Item 500 is", "z"), tokenize(lm, "Ice is", "cold")
+    drawn = [texts.locality for step in range(60) for texts in sampler.batch(step)]
+    assert {locality[0] for locality in drawn} == {near}
+    far = Counter(locality[1] for locality in drawn)
+    assert 15 < far.pop(ice) < 45  # half of them
+    for text in far:
+        assert 6 <= len(text.ids) <= 8
+        assert len(text.targets) == 4
+        start = lm.tokenizer.decode([*text.ids, text.targets[-1]])
+        assert any(whole.startswith(str(start)) for whole in TEXTS)
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(EditorError, match="no training examples"):
+        TextSampler(opened("gpt2"), [], TEXTS, TrainingConfig())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, 0) for name in ("steps", "batch", "accumulate", "equivalents")),
+        *((name, 0) for name in ("save_every", "validate_every")),
+        *(("decay", 1.5), ("text_tokens", 5)),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(setting: str, value: float):
+    with pytest.raises(EditorError, match=f"{setting} .*got {value}"):
+        TrainingConfig(**{setting: value})  # type: ignore[arg-type]
+
+
+@given(steps=st.integers(1, 60), warmup=st.integers(0, 60), decay=st.floats(0, 1))
+def test_learning_rates_rise_stay_and_fall(steps: int, warmup: int, decay: float):
+    config = TrainingConfig(steps=steps, warmup=warmup, decay=decay)
+    factors = [config.lr_factor(step) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    peak = factors.index(max(factors))
+    assert all(a <= b for a, b in pairwise(factors[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(factors[peak:]))
+    last = steps - decay * steps
+    assert all(f == 1 for step, f in enumerate(factors) if warmup <= step + 1 and step <= last)
+    if warmup:
+        assert factors[0] <= 1 / warmup
+    if decay * steps > 1:
+        assert factors[-1] == pytest.approx(min(1 / (decay * steps), 1, steps / max(1, warmup)))

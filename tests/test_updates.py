@@ -1,0 +1,258 @@
+"""The algebra of updates, against the dense matrices they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from workbench.errors import EditError
+from workbench.updates import LayerUpdate, Update, stack_sequences
+
+SHAPES = {"a": (5, 3), "b": (4, 6)}  # (out, in)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def layer_update(
+    rank: int, out_features: int, in_features: int, seed: int = 0, lead: tuple[int, ...] = ()
+) -> LayerUpdate:
+    A = draw(*lead, rank, in_features, seed=seed)
+    B = draw(*lead, rank, out_features, seed=seed + 1)
+    return LayerUpdate(A, B, (-1) ** seed * (0.5 + seed % 3))
+
+
+def update(seed: int, names: str = "ab", rank: int = 2) -> Update:
+    return Update({n: layer_update(rank, *SHAPES[n], seed=seed + 7 * ord(n)) for n in names})
+
+
+def same(found: Update, expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, dense in found.dense().items():
+        assert_close(dense, expected[name], rtol=1e-12, atol=1e-12)
+
+
+sizes = st.integers(1, 7)
+layer_updates = st.builds(
+    layer_update,
+    sizes,
+    sizes,
+    sizes,
+    st.integers(0, 1000),
+    st.sampled_from([(), (1,), (3,)]),
+)
+laws = settings(max_examples=30, deadline=None)
+
+
+@laws
+@given(layer_updates)
+def test_a_layer_update_is_its_dense_matrix(layer: LayerUpdate) -> None:
+    terms = [
+        layer.B[..., t, :].unsqueeze(-1) * layer.A[..., t, :].unsqueeze(-2)
+        for t in range(layer.rank)
+    ]
+    dense = layer.scale * torch.stack(terms).sum(0)
+    values = torch.linalg.svdvals(dense)
+    spectrum = layer.spectrum()
+    assert_close(layer.dense(), dense)
+    assert_close(layer.norm(), torch.linalg.matrix_norm(dense).float())
+    width = min(layer.rank, *dense.shape[-2:])
+    assert spectrum.shape == (*dense.shape[:-2], width)
+    assert_close(spectrum, values[..., :width].float(), rtol=1e-6, atol=1e-6)
+    assert_close(layer.folded().dense(), dense)
+    assert layer.folded().scale == 1.0
+
+
+@laws
+@given(layer_updates, st.integers(1, 8))
+def test_compression_is_the_best_approximation(layer: LayerUpdate, rank: int) -> None:
+    dense = layer.dense()
+    short = layer.compress(rank)
+    left, values, right = torch.linalg.svd(dense, full_matrices=False)
+    best = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+    assert short.rank == min(rank, layer.rank, *dense.shape[-2:])
+    # Eckart-Young: the error is what the dropped singular values hold; the minimum is unique
+    # where the last kept value differs from the first dropped one, as with random matrices.
+    assert_close(
+        torch.linalg.matrix_norm(dense - short.dense()),
+        torch.linalg.vector_norm(values[..., rank:], dim=-1),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    assert_close(short.dense(), best, rtol=1e-7, atol=1e-7)
+
+
+@laws
+@given(layer_updates)
+def test_compression_to_full_rank_is_exact(layer: LayerUpdate) -> None:
+    doubled = LayerUpdate.sum((layer, layer))
+    short = doubled.compress(layer.rank)
+    assert short.rank <= layer.rank
+    assert_close(short.dense(), 2 * layer.dense(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (1, 6)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_from_dense_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    dense = draw(*shape, seed=1).to(dtype)
+    layer = LayerUpdate.from_dense(dense)
+    assert layer.rank == min(shape)
+    assert layer.A.dtype == layer.B.dtype == dtype
+    assert torch.equal(layer.dense(), dense)
+
+
+@laws
+@given(st.integers(0, 1000), st.integers(0, 1000), st.floats(-4, 4))
+def test_updates_form_a_vector_space(one: int, two: int, factor: float) -> None:
+    u, v = update(one), update(two, "b", rank=3)
+    U, V = u.dense(), v.dense()
+    same(u + v, {"a": U["a"], "b": U["b"] + V["b"]})
+    same(u - v, {"a": U["a"], "b": U["b"] - V["b"]})
+    same(v - u, {"a": -U["a"], "b": V["b"] - U["b"]})
+    same(u * factor, {name: factor * dense for name, dense in U.items()})
+    same(factor * u, {name: factor * dense for name, dense in U.items()})
+    same(-u, {name: -dense for name, dense in U.items()})
+    same(Update.sum([u, v, u]), {"a": 2 * U["a"], "b": 2 * U["b"] + V["b"]})
+    assert (u + v).rank() == {"a": 2, "b": 5}
+
+
+def test_the_empty_sum_is_the_empty_update() -> None:
+    empty = Update.sum([])
+    assert len(empty) == 0
+    assert empty.norm() == 0.0
+    same(empty + update(1), update(1).dense())
+
+
+def test_an_update_is_an_immutable_mapping() -> None:
+    layers = dict(update(1))
+    held = Update(layers)
+    layers.clear()
+    assert list(held) == ["a", "b"]
+    assert held["a"].rank == 2
+    with pytest.raises(TypeError):
+        held["a"] = held["b"]  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(AttributeError):
+        held.layers = {}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_figures_of_an_update() -> None:
+    u = update(3)
+    dense = u.dense()
+    assert u.norm() == pytest.approx(
+        torch.cat([matrix.flatten() for matrix in dense.values()]).norm().item()
+    )
+    assert u.numbers() == 2 * (5 + 3) + 2 * (4 + 6)
+    for name, values in u.spectrum().items():
+        assert_close(values, torch.linalg.svdvals(dense[name])[:2].float())
+    assert u.compress(1).rank() == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("remainder", [0.0, 1e-7, 1e-4])
+def test_norms_survive_cancellation(dtype: torch.dtype, remainder: float) -> None:
+    """u - u + a little: the norm of what remains, not of the rounding of what went."""
+    u, little = update(1).to(dtype), update(2).to(dtype)
+    left = u - u + little * remainder
+    exact = Update({name: layer.map(Tensor.double) for name, layer in left.items()}).dense()
+    expected = torch.cat([matrix.flatten() for matrix in exact.values()]).norm().item()
+    assert left.norm() == pytest.approx(expected, rel=1e-5, abs=1e-13 * u.norm())
+    for name, values in left.spectrum().items():
+        assert_close(
+            values[:2].double(),
+            torch.linalg.svdvals(exact[name])[:2],
+            rtol=1e-5,
+            atol=1e-13 * u.norm(),
+        )
+
+
+def test_a_tensor_as_scale_is_differentiable() -> None:
+    layer = layer_update(2, 5, 3)
+    scale = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True)
+
+    def loss_of(function: Callable[[LayerUpdate], LayerUpdate]) -> Tensor:
+        made = function(LayerUpdate(layer.A, layer.B, scale))
+        return made.dense().square().sum()
+
+    for function, factor in (
+        (lambda u: u, 1.0),
+        (LayerUpdate.folded, 1.0),
+        (lambda u: -2.0 * u, 4.0),
+        (lambda u: u + u, 4.0),
+    ):
+        (gradient,) = torch.autograd.grad(loss_of(function), scale)
+        expected = 2 * scale * (layer.B.mT @ layer.A).square().sum() * factor
+        assert_close(gradient, expected)
+
+
+def test_map_reaches_every_tensor() -> None:
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    made = Update({"a": LayerUpdate(draw(2, 3, seed=1), draw(2, 5, seed=2), scale)})
+    half = made.to(torch.float16)
+    layer = half["a"]
+    assert isinstance(layer.scale, Tensor)
+    assert {layer.A.dtype, layer.B.dtype, layer.scale.dtype} == {torch.float16}
+    assert made["a"].dense().requires_grad
+    assert not made.detach()["a"].dense().requires_grad
+    assert torch.equal(made.detach()["a"].dense(), made["a"].dense())
+    assert made.to("meta")["a"].A.is_meta
+    first = Update({"a": layer_update(2, 5, 3, lead=(4,))}).map(lambda tensor: tensor[:1])
+    assert first["a"].dense().shape == (1, 5, 3)
+
+
+def test_stacked_sequences_keep_their_own_updates() -> None:
+    one, two = update(1, "a", rank=1), update(2, "ab", rank=3)
+    stacked = stack_sequences([one, None, two, Update({})])
+    dense = stacked.dense()
+    zero = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    for row, expected in enumerate(
+        (zero | one.dense(), zero, two.dense(), zero),
+    ):
+        for name in SHAPES:
+            assert_close(dense[name][row], expected[name])
+    assert stacked.rank() == {"a": 3, "b": 3}
+
+
+def test_batched_updates_add_and_measure_one_by_one() -> None:
+    batched = layer_update(2, 5, 3, seed=1, lead=(3,))
+    total = batched + batched * 0.5
+    for row in range(3):
+        alone = LayerUpdate(batched.A[row], batched.B[row], batched.scale)
+        assert_close(total.dense()[row], 1.5 * alone.dense())
+        assert_close(total.norm()[row], 1.5 * alone.norm())
+        assert_close(total.spectrum()[row, :2], 1.5 * alone.spectrum())
+        assert_close(total.compress(2).dense()[row], 1.5 * alone.dense())
+
+
+@pytest.mark.parametrize(
+    ("A", "B"),
+    [((2, 3), (3, 5)), ((3,), (5,)), ((4, 2, 3), (2, 5)), ((1, 1, 2, 3), (1, 1, 2, 5))],
+)
+def test_factors_that_do_not_fit_are_refused(A: tuple[int, ...], B: tuple[int, ...]) -> None:
+    with pytest.raises(EditError, match="leading axes"):
+        LayerUpdate(torch.zeros(A), torch.zeros(B))
+
+
+@pytest.mark.parametrize(
+    "other", [layer_update(2, 5, 4), layer_update(2, 4, 3), layer_update(2, 5, 3, lead=(2,))]
+)
+def test_changes_of_other_matrices_do_not_add_up(other: LayerUpdate) -> None:
+    with pytest.raises(EditError, match="do not add up"):
+        LayerUpdate.sum((layer_update(2, 5, 3), other))
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_compression_to_no_term_is_refused(rank: int) -> None:
+    with pytest.raises(EditError, match="at least 1"):
+        update(1).compress(rank)
+
+
+def test_a_batch_without_any_update_is_refused() -> None:
+    with pytest.raises(EditError, match="None of the sequences"):
+        stack_sequences([None, Update({})])

@@ -1,0 +1,41 @@
+"""A workbench for editing language models with MEND: edit, look inside, undo."""
+
+from workbench.data import EditExample, Statement
+from workbench.editors import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig
+from workbench.errors import DataError, EditError, EditorError, ModelError, WorkbenchError
+from workbench.models import LanguageModel, open_model
+from workbench.overlay import EditStack, overlay
+from workbench.probes import Probe
+from workbench.results import Comparison, EditTrace, LayerTrace, PromptComparison
+from workbench.session import Edit, Workbench
+from workbench.updates import LayerUpdate, Update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Comparison",
+    "DataError",
+    "Edit",
+    "EditError",
+    "EditExample",
+    "EditRequest",
+    "EditStack",
+    "EditTrace",
+    "EditorError",
+    "FineTune",
+    "FineTuneConfig",
+    "LanguageModel",
+    "LayerTrace",
+    "LayerUpdate",
+    "Mend",
+    "MendConfig",
+    "ModelError",
+    "Probe",
+    "PromptComparison",
+    "Statement",
+    "Update",
+    "Workbench",
+    "WorkbenchError",
+    "open_model",
+    "overlay",
+]

@@ -1,0 +1,126 @@
+"""The command line: edit, train, evaluate, pack, export."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import WorkbenchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (2: the user can mend it, the message says how)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        # Imports wait until here, so that --help is instant.
+        from workbench import commands
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            return getattr(commands, options.command)(options) or 0
+    except WorkbenchError as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("workbench: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="workbench", description="Edit language models with MEND, look inside, undo."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    edit = commands.add_parser("edit", help="make one edit and show before and after")
+    edit.add_argument("prompt", help='e.g. "The capital of France is"')
+    edit.add_argument("target", help='what the model should say next, e.g. "Lyon"')
+    edit.add_argument("--compare", action="append", default=[], metavar="PROMPT")
+    edit.add_argument("--save", type=Path, metavar="DIR", help="save the session")
+    edit.add_argument("--max-new-tokens", type=int, default=8)
+    _model(edit, editor=True)
+
+    train = commands.add_parser("train", help="meta-train an editor")
+    train.add_argument("--editor", default="mend", choices=["mend"])
+    train.add_argument("--data", action="append", required=True, metavar="FORMAT[:PATH]")
+    train.add_argument("--split", default="train", help="split to train on ('all': whole files)")
+    train.add_argument(
+        "--validation-data", metavar="FORMAT[:PATH]", help="default: dev split of --data"
+    )
+    train.add_argument(
+        "--unrelated", metavar="passages:PATH", help="unrelated texts (default: built in)"
+    )
+    train.add_argument("--limit", type=int, help="most examples of each --data")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR")
+    train.add_argument("--resume", action="store_true")
+    train.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")
+    _model(train, editor=False)
+    _settings(train)
+
+    evaluate = commands.add_parser("evaluate", help="measure editors on many edits")
+    evaluate.add_argument("--data", required=True, metavar="FORMAT[:PATH]")
+    evaluate.add_argument("--editors", default="mend,ft", help="names or folders, by commas")
+    evaluate.add_argument("--split", help="only this split (default: all in the file)")
+    evaluate.add_argument("--limit", type=int)
+    evaluate.add_argument("--generate", action="store_true", help="also score free-running text")
+    evaluate.add_argument("--json", type=Path, metavar="FILE")
+    evaluate.add_argument("--skip-bad", action="store_true")
+    _model(evaluate, editor=False)
+
+    pack = commands.add_parser("pack", help="write a trained editor for sharing")
+    pack.add_argument("--editor", required=True, metavar="DIR")
+    pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _model(pack, editor=False)
+
+    export = commands.add_parser("export", help="write a saved session as a PEFT adapter")
+    export.add_argument("--session", type=Path, required=True, metavar="DIR")
+    export.add_argument("--to-peft", type=Path, required=True, metavar="DIR")
+    export.add_argument("--device", default="auto")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
+    parser.add_argument("--model", help="hub id, folder or GGUF file (default: the embedded model)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--quantize", choices=["8bit", "4bit"])
+    if editor:
+        parser.add_argument("--editor", help="a trained editor's folder, 'mend' or 'ft'")
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    """Flags for every field of the editor's and the training's settings."""
+    from workbench.editors import MendConfig
+    from workbench.training import TrainingConfig
+
+    for title, config in (("editor settings", MendConfig), ("training settings", TrainingConfig)):
+        group = parser.add_argument_group(title)
+        for field in fields(config):
+            flag = f"--{field.name.replace('_', '-')}"
+            default = None if field.default is MISSING else field.default
+            if isinstance(default, bool):
+                group.add_argument(
+                    flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
+                )
+            elif field.name in ("blocks", "matrices"):
+                group.add_argument(flag, type=_listed, default=argparse.SUPPRESS, metavar="A,B,C")
+            else:
+                group.add_argument(flag, type=type(default), default=argparse.SUPPRESS)
+
+
+def _listed(text: str) -> Any:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if len(parts) == 1 and not parts[0].lstrip("-").isdigit():
+        return parts[0]
+    return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

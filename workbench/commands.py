@@ -1,0 +1,179 @@
+"""What the commands of `python -m workbench` do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from textwrap import shorten
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from workbench.corpus import SENTENCES
+from workbench.data import Dataset, read, texts
+from workbench.editors import Mend, MendConfig, load_editor, open_editor, save_editor
+from workbench.evaluate import EvaluationConfig
+from workbench.evaluate import evaluate as evaluate_editor
+from workbench.files import write_text
+from workbench.models import LanguageModel, open_model
+from workbench.probes import Probe
+from workbench.results import Comparison
+from workbench.session import Workbench
+from workbench.trainer import Trainer
+from workbench.training import TrainingConfig
+
+
+def edit(options: argparse.Namespace) -> None:
+    """Make one edit; print the prompt, its equivalents, neighbours and unrelated prompts."""
+    bench = Workbench.open(
+        options.model, editor=options.editor, device=options.device, quantize=options.quantize
+    )
+    made = bench.edit(options.prompt, options.target)
+    extra = [Probe(prompt, "other", options.target, "as given") for prompt in options.compare]
+    probes = (*bench.suggest(options.prompt, options.target), *extra)
+    print(f"{bench.lm.source} on {bench.lm.device}, editor {bench.editor.name}")
+    print(f"edit {made.id}: {made.title}  ({made.seconds:.2f} s)\n")
+    _print_comparison(bench.compare(probes, max_new_tokens=options.max_new_tokens))
+    if options.save:
+        bench.save(options.save)
+        print(f"\nsession saved in {options.save}")
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    for row in comparison.rows:
+        print(f"[{row.kind}] {row.prompt}")
+        print(f"    before  {shorten(row.base_text.strip(), 70)}")
+        print(f"    after   {shorten(row.edited_text.strip(), 70)}")
+        if row.target is not None:
+            print(
+                f"    p({row.target!r})  {row.base_probability:.4f} -> {row.edited_probability:.4f}"
+            )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Meta-train a MEND editor on one or several data sets."""
+    lm = _open(options)
+    split = None if options.split == "all" else options.split
+    examples = [e for spec in options.data for e in _read(spec, split, options)]
+    if options.validation_data:
+        validation = list(_read(options.validation_data, "dev", options))
+    else:
+        validation = [e for spec in options.data for e in _read(spec, "dev", options)]
+    unrelated = texts(options.texts, split=split) if options.texts else list(SENTENCES)
+    config = TrainingConfig(**settings_of(TrainingConfig, options))
+    torch.manual_seed(config.seed)
+    editor = Mend(lm, MendConfig(**settings_of(MendConfig, options)))
+    # Spread over the whole file, not its beginning.
+    validation = validation[:: max(1, len(validation) // max(1, config.validation))]
+    trainer = Trainer(
+        editor,
+        examples,
+        unrelated,
+        config,
+        options.out,
+        validation=validation,
+        card={"data": options.data, "split": options.split, "examples": len(examples)},
+    )
+    progress = trainer.run(resume=options.resume)
+    print(
+        f"{progress.step} steps; best validation loss {progress.best_loss:.4f} at step "
+        f"{progress.best_step}; editor in {options.out}"
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure editors on a data set; print a table, and write JSON if asked."""
+    lm = _open(options)
+    examples = _read(options.data, options.split, options)
+    config = EvaluationConfig(generate=options.generate)
+    result: dict[str, Any] = {
+        "settings": {
+            "model": lm.source,
+            "fingerprint": lm.fingerprint(),
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": _device_name(lm),
+            "data": options.data,
+            "split": options.split,
+            "limit": options.limit,
+            **vars(config),
+        },
+        "editors": {},
+    }
+    for name in options.editors.split(","):
+        editor = open_editor(name.strip(), lm)
+        start = time.perf_counter()
+        with tqdm(total=len(examples), desc=name, disable=None) as bar:
+            scores = evaluate_editor(editor, examples, config, on_edit=lambda _: bar.update())
+        settings = {"settings": editor.settings(), "seconds": round(time.perf_counter() - start, 1)}
+        result["editors"][name.strip()] = scores.as_json() | settings
+        if options.json:
+            write_text(options.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _print_table(result["editors"])
+
+
+def pack(options: argparse.Namespace) -> None:
+    """Write a trained editor for sharing: in float16, with its evaluation in the card."""
+    lm = _open(options)
+    editor = load_editor(options.editor, lm)
+    results = json.loads(options.evaluation.read_text()) if options.evaluation else None
+    card = dict(editor.card)
+    if results:
+        figures = results["editors"][options.editor]
+        card["evaluation"] = {
+            "settings": results["settings"],
+            "figures": {k: v for k, v in figures.items() if k != "settings"},
+        }
+    print(f"editor in {save_editor(editor, options.out, card, half=True)}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a saved session's live edits as one PEFT adapter folder."""
+    bench = Workbench.load(options.session, device=options.device)
+    print(f"PEFT adapter in {bench.to_peft(options.to_peft)}")
+
+
+def settings_of(config: type, options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a settings class that were given on the command line."""
+    given = vars(options)
+    return {f.name: given[f.name] for f in fields(config) if f.name in given}
+
+
+def _open(options: argparse.Namespace) -> LanguageModel:
+    return open_model(options.model, device=options.device, quantize=options.quantize)
+
+
+def _read(spec: str, split: str | None, options: argparse.Namespace) -> Dataset:
+    found = read(spec, split=split, limit=options.limit, skip_bad=options.skip_bad)
+    for record in found.skipped[:10] if options.skip_bad else ():
+        print(f"skipped {record}")
+    if options.skip_bad and found.skipped:
+        print(f"{spec}: skipped {len(found.skipped)} records, kept {len(found)}")
+    return found
+
+
+def _device_name(lm: LanguageModel) -> str:
+    if lm.device.type == "cuda":
+        return torch.cuda.get_device_name(lm.device)
+    return f"{lm.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _print_table(editors: dict[str, dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(key for scores in editors.values() for key in scores))
+    hidden = {"settings", "confidence_95", "seconds", "n"}
+    names = [name for name in names if name not in hidden]
+    width = max(map(len, names))
+    columns: Sequence[str] = [name.rsplit("/", 1)[-1][:16] for name in editors]
+    print(" " * width, *(f"{column:>16}" for column in columns))
+    for name in names:
+        cells = []
+        for scores in editors.values():
+            half = scores["confidence_95"].get(name)
+            cells.append(f"{scores[name]:.3f} ±{half:.3f}" if name in scores else "-")
+        print(f"{name:<{width}}", *(f"{cell:>16}" for cell in cells))
+    counts = [str(scores["n"]) for scores in editors.values()]
+    print(f"{'n':<{width}}", *(f"{count:>16}" for count in counts))

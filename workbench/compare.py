@@ -1,0 +1,122 @@
+"""Base and edited model side by side: texts and probabilities from the same forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from workbench.encoding import collate, tokenize
+from workbench.errors import EditError
+from workbench.models import LanguageModel
+from workbench.overlay import overlay
+from workbench.probes import Probe
+from workbench.results import Comparison, PromptComparison
+from workbench.training import kl
+from workbench.updates import Update
+from workbench.views import target_logits
+
+_CHUNK = 16  # prompts in one pass
+
+
+def generate_texts(
+    lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int, **options: Any
+) -> list[str]:
+    """Continue prompts in one left-padded batch, greedily unless options say otherwise.
+
+    Args:
+        lm: The model, under whatever overlay is live.
+        prompts: At least one text, none empty.
+        max_new_tokens: Length of the continuations.
+        options: For transformers' `generate`.
+
+    Raises:
+        EditError: A prompt is empty, or the model does not generate text.
+    """
+    if lm.kind == "classifier":
+        raise EditError("A classifier has no continuation: compare its labels' probabilities.")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise EditError("A prompt is empty. Give a text to continue.")
+    tokenizer = lm.tokenizer
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(
+        lm.device
+    )
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    with torch.no_grad():
+        output = cast(Any, lm.model).generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            **(settings | options),
+        )
+    start = 0 if lm.kind == "seq2seq" else inputs["input_ids"].shape[1]
+    return tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+
+
+def compare_prompts(
+    lm: LanguageModel, update: Update, probes: Sequence[Probe], max_new_tokens: int
+) -> Comparison:
+    """Every probe before and after an update; base and edited run as rows of one batch.
+
+    Args:
+        lm: The frozen model.
+        update: The change; empty: both sides are the base model.
+        probes: What to look at.
+        max_new_tokens: Length of the continuations.
+    """
+    rows: list[PromptComparison] = []
+    for start in range(0, len(probes), _CHUNK):
+        rows += _compare_chunk(lm, update, probes[start : start + _CHUNK], max_new_tokens)
+    return Comparison(tuple(rows))
+
+
+def _compare_chunk(
+    lm: LanguageModel, update: Update, probes: Sequence[Probe], max_new_tokens: int
+) -> list[PromptComparison]:
+    prompts = [probe.prompt for probe in probes]
+    n = len(probes)
+    both = torch.arange(2 * n, device=lm.device) >= n
+    texts = [""] * 2 * n
+    if lm.kind != "classifier":
+        with overlay(lm.model, update, both):
+            texts = generate_texts(lm, prompts * 2, max_new_tokens)
+    # Without a target, the base model's own first word stands in: its tokens show what moved.
+    answers = [p.target or text for p, text in zip(probes, texts, strict=False)]
+    tokens = [
+        tokenize(lm, p, a if a.strip() else ".") for p, a in zip(prompts, answers, strict=True)
+    ]
+    batch = collate(lm, tokens * 2)
+    with overlay(lm.model, update, both), torch.no_grad():
+        logits = target_logits(lm, batch).float()
+    chosen = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+    exact = logits.argmax(-1) == batch.targets
+    log_p = chosen.new_zeros(2 * n).index_add(0, batch.rows, chosen)
+    misses = chosen.new_zeros(2 * n).index_add(0, batch.rows, (~exact).float())
+    first = _first_positions(batch.rows, 2 * n)
+    moved = kl(logits[first[:n]], logits[first[n:]]).clamp(min=0)
+    found = []
+    for i, probe in enumerate(probes):
+        known = probe.target is not None
+        found.append(
+            PromptComparison(
+                prompt=probe.prompt,
+                kind=probe.kind,
+                base_text=texts[i],
+                edited_text=texts[n + i],
+                target=probe.target,
+                base_probability=log_p[i].exp().item() if known else None,
+                edited_probability=log_p[n + i].exp().item() if known else None,
+                base_exact=bool(misses[i] == 0) if known else None,
+                edited_exact=bool(misses[n + i] == 0) if known else None,
+                divergence=moved[i].item(),
+            )
+        )
+    return found
+
+
+def _first_positions(rows: Tensor, sequences: int) -> Tensor:
+    """Index of each sequence's first target position."""
+    return torch.searchsorted(rows, torch.arange(sequences, device=rows.device))

@@ -1,0 +1,240 @@
+"""What an editor is: whatever turns a model and edit requests into an update."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+
+import torch
+from torch import nn
+
+from workbench.encoding import Tokens, collate, sequence_nll, tokenize
+from workbench.errors import EditError, EditorError, WorkbenchError
+from workbench.factors import Factors, capture
+from workbench.files import read_tensors, write_tensors, write_text
+from workbench.layers import EditableLayer
+from workbench.models import LanguageModel
+from workbench.updates import Update
+from workbench.views import target_logits
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What the model should say: after `prompt`, `target`."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """An editor's answer: the update, and the factors it was made from.
+
+    Args:
+        update: The change of weights; nothing has been applied.
+        layers: The layers it changes, lowest first.
+        tokens: The requests as tokens, in the order of the factors' batch axis.
+        factors: Layer name -> the gradient's factors, `(batch, tokens, width)`.
+        pseudofactors: Layer name -> pseudoactivations and pseudodeltas of the same shapes; None
+            for editors that do not transform factors.
+        edit_lrs: Layer name -> the layer's step size; empty where an editor has none.
+    """
+
+    update: Update
+    layers: tuple[EditableLayer, ...]
+    tokens: tuple[Tokens, ...]
+    factors: Mapping[str, Factors]
+    pseudofactors: Mapping[str, Factors] | None = None
+    edit_lrs: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """Turns edit requests into an update of a frozen model.
+
+    `name` is the editor's name in commands and files; `layers` what it edits.
+    """
+
+    name: ClassVar[str]
+    lm: LanguageModel
+    layers: tuple[EditableLayer, ...]
+
+    @classmethod
+    def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
+        """Make an editor from its settings as JSON values."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        ...
+
+    def propose(self, requests: Sequence[EditRequest]) -> Proposal:
+        """Make one update that carries out all requests; the model is left as it is."""
+        ...
+
+
+def gradient_factors(
+    lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
+) -> tuple[tuple[Tokens, ...], dict[str, Factors]]:
+    """Tokenise requests and capture the factors of each one's own mean loss.
+
+    One forward pass and one backward pass down to the first edited layer.
+
+    Args:
+        lm: The frozen model.
+        layers: Where to capture.
+        requests: At least one.
+
+    Raises:
+        EditError: There is no request, or the loss is not finite.
+    """
+    if not requests:
+        raise EditError("There is nothing to edit: give at least one request (prompt, target).")
+    tokens = tuple(tokenize(lm, request.prompt, request.target) for request in requests)
+    batch = collate(lm, tokens)
+    with capture(layers) as tap:
+        loss = sequence_nll(target_logits(lm, batch), batch).sum()
+        if not torch.isfinite(loss):
+            raise EditError(
+                f"The model's loss on this edit is {loss.item()}; its weights or activations are "
+                f"not finite, so there is no gradient to edit with."
+            )
+        factors = tap.factors(loss, batch.size)
+    return tokens, factors
+
+
+class TrainableEditor(nn.Module, ABC):
+    """An editor with parameters of its own, kept in `editor.safetensors`.
+
+    Attributes:
+        card: What it was trained on and how it did, as JSON values.
+        folder: Where it was opened from; None if it was made in memory.
+    """
+
+    name: ClassVar[str]
+    lm: LanguageModel
+    layers: tuple[EditableLayer, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.card: Mapping[str, Any] = {}
+        self.folder: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
+        """Make an untrained editor from its settings as JSON values."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+
+    @abstractmethod
+    def propose(self, requests: Sequence[EditRequest]) -> Proposal:
+        """Make one update that carries out all requests; the model is left as it is."""
+
+
+_REGISTRY: dict[str, type] = {}
+AnyEditor = TypeVar("AnyEditor", bound=type)
+
+
+def register(editor: AnyEditor) -> AnyEditor:
+    """Make an editor known by its `name` (class decorator)."""
+    _REGISTRY[editor.name] = editor
+    return editor
+
+
+def editor_class(name: str) -> type:
+    """The editor class of that name.
+
+    Raises:
+        EditorError: No editor has that name; the message lists those there are.
+    """
+    if name not in _REGISTRY:
+        raise EditorError(f"There is no editor {name!r}. Editors: {', '.join(editor_names())}.")
+    return _REGISTRY[name]
+
+
+def editor_names() -> list[str]:
+    """Names of all editors, sorted."""
+    return sorted(_REGISTRY)
+
+
+def save_editor(
+    editor: TrainableEditor, folder: str | Path, card: Mapping[str, Any], *, half: bool = False
+) -> Path:
+    """Write a trainable editor into a folder: `editor.safetensors`, settings and card inside.
+
+    The file is complete or the old one stays; `editor.json` repeats settings and card to be read.
+
+    Args:
+        editor: An editor with parameters (`name`, `settings()`, `state_dict()`).
+        folder: Made if it is not there.
+        card: What the editor was trained on and how it did, as JSON values.
+        half: Store its matrices in float16, at half the size; they compute in float32 as before.
+    """
+    folder = Path(folder)
+    about = {
+        "editor": editor.name,
+        "settings": editor.settings(),
+        "layers": [layer.name for layer in editor.layers],
+        "base_model": editor.lm.source,
+        "base_fingerprint": editor.lm.fingerprint(),
+        "card": dict(card),
+    }
+    text = json.dumps(about, indent=2, ensure_ascii=False)
+    tensors = {
+        name: (tensor.half() if half and tensor.dim() > 1 else tensor).contiguous()
+        for name, tensor in editor.state_dict().items()
+    }
+    write_tensors(folder / "editor.safetensors", tensors, {"about": text})
+    write_text(folder / "editor.json", text + "\n")
+    return folder
+
+
+def load_editor(folder: str | Path, lm: LanguageModel) -> TrainableEditor:
+    """Open an editor saved by `save_editor`, over the model it was trained for.
+
+    Warns with `UserWarning` where the base weights are others than those it was trained on.
+
+    Args:
+        folder: Holds `editor.safetensors`.
+        lm: The base model.
+
+    Raises:
+        EditorError: No readable editor there, or it does not fit the model's layers.
+    """
+    tensors, metadata = read_tensors(Path(folder) / "editor.safetensors", EditorError)
+    try:
+        about = json.loads(metadata["about"])
+        cls, settings, layers = editor_class(about["editor"]), about["settings"], about["layers"]
+        fingerprint, base, card = about["base_fingerprint"], about["base_model"], about["card"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EditorError(
+            f"{folder}/editor.safetensors holds no editor that this version can read ({error!r}). "
+            f"Give a folder written by training or by save_editor."
+        ) from None
+    try:
+        editor = cls.from_settings(lm, settings)
+        found = [layer.name for layer in editor.layers]
+        if found != layers:
+            raise EditorError(f"it edits {layers[:2]}..., this model has {found[:2]}...")
+        editor.load_state_dict(tensors)
+    except (RuntimeError, TypeError, WorkbenchError) as error:
+        raise EditorError(
+            f"The editor in {folder} was trained for {base} and does not fit {lm.source}: {error}"
+        ) from None
+    if fingerprint != lm.fingerprint():
+        warnings.warn(
+            f"The editor in {folder} was trained over {base} with weights {fingerprint[:12]}; the "
+            f"model that is open, {lm.source}, has weights {lm.fingerprint()[:12]}. Its edits can "
+            f"fail or spread: train an editor for these weights, or use editor='ft'.",
+            stacklevel=2,
+        )
+    editor.card, editor.folder = card, str(folder)
+    return editor.eval()

@@ -1,0 +1,293 @@
+"""MEND: networks that turn gradient factors into a local edit (Mitchell et al. 2022, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from workbench.editors.base import (
+    EditRequest,
+    Proposal,
+    TrainableEditor,
+    gradient_factors,
+    register,
+)
+from workbench.errors import EditorError
+from workbench.factors import Factors
+from workbench.layers import EditableLayer
+from workbench.models import LanguageModel
+from workbench.updates import LayerUpdate, Update
+
+Inputs = Literal["both", "activation", "delta", "smaller"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MendConfig:
+    """Settings of a MEND editor; the defaults are the paper's.
+
+    Args:
+        rank: Rank of `U V` in each residual block (1920 in the paper; 128 does on small models).
+        blocks: Blocks to edit, as `LanguageModel.layers` takes them; None: the paper's choice.
+        matrices: "mlp", "attention", "all", or suffixes of layer names.
+        edit_lr: Initial alpha, the step size that each layer learns.
+        shared: Layers of one shape share U, V and b (scale and offset are always per layer).
+        normalize: Normalise u and delta by the running statistics of training.
+        identity: Residual blocks with U = 0, so that a fresh editor returns the factors; False
+            drops the residual path and starts both U and V at random.
+        inputs: What the networks see and change: "both" together, only the "activation", only
+            the "delta", or only the "smaller" of the two; the other one passes as it is.
+        ascent: As the published code: the update is added, so that training starts uphill.
+        unit_v: As the published code: V starts at standard deviation 1, not Xavier.
+    """
+
+    rank: int = 1920
+    blocks: Sequence[int] | Sequence[str] | Mapping[str, Sequence[int]] | None = None
+    matrices: str | Sequence[str] = "mlp"
+    edit_lr: float = 1e-4
+    shared: bool = True
+    normalize: bool = True
+    identity: bool = True
+    inputs: Inputs = "both"
+    ascent: bool = False
+    unit_v: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise EditorError(f"rank must be at least 1; got {self.rank}.")
+        if self.inputs not in get_args(Inputs):
+            raise EditorError(
+                f"inputs must be one of {', '.join(get_args(Inputs))}; got {self.inputs!r}."
+            )
+
+
+class _ResidualBlock(nn.Module):
+    """`x + clamp(s * (U V x + b) + o, min=0)`, with s and o of each row's layer (equation 4)."""
+
+    def __init__(self, width: int, modes: int, config: MendConfig) -> None:
+        super().__init__()
+        rank = min(config.rank, width)
+        self.identity = config.identity
+        self.U = nn.Parameter(torch.zeros(width, rank))
+        self.V = nn.Parameter(torch.empty(rank, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(modes, width))
+        self.offset = nn.Parameter(torch.zeros(modes, width))
+        if config.unit_v:
+            nn.init.normal_(self.V)
+        else:
+            nn.init.xavier_uniform_(self.V)
+        if not config.identity:
+            nn.init.xavier_uniform_(self.U, gain=nn.init.calculate_gain("relu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: (modes, rows, width). clamp, not relu: its gradient at 0 is 1, so U = 0 can learn.
+        inner = (x @ self.V.T) @ self.U.T + self.bias
+        inner = (inner * self.scale.unsqueeze(1) + self.offset.unsqueeze(1)).clamp(min=0)
+        return x + inner if self.identity else inner
+
+
+class _RunningStatistics(nn.Module):
+    """Mean and standard deviation of each dimension over all rows seen (parallel variance)."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
+
+    @torch.no_grad()
+    def merge(self, rows: Tensor) -> None:
+        """Take `(n, width)` rows in: Chan et al. 1979, one merge a batch."""
+        if len(rows) == 0:
+            return
+        rows = rows.double()
+        n, total = len(rows), self.count + len(rows)
+        mean = rows.mean(0)
+        shift = mean - self.mean
+        self.squares += (rows - mean).square().sum(0) + shift.square() * self.count * n / total
+        self.mean += shift * n / total
+        self.count.copy_(total)
+
+    def std(self) -> Tensor:
+        return (self.squares / (self.count - 1)).sqrt()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return (x - self.mean.to(x.dtype)) / (self.std().to(x.dtype) + 1e-7)
+
+
+class EditorNetwork(nn.Module):
+    """g of one shape: normalises and transforms `(u, delta)` rows of its layers.
+
+    Args:
+        in_features: Width of u.
+        out_features: Width of delta.
+        modes: How many layers it serves.
+        config: The editor's settings.
+    """
+
+    def __init__(self, in_features: int, out_features: int, modes: int, config: MendConfig) -> None:
+        super().__init__()
+        self.widths = (in_features, out_features)
+        self.normalized = config.normalize
+        smaller = "activation" if in_features <= out_features else "delta"
+        self.inputs = smaller if config.inputs == "smaller" else config.inputs
+        seen = {"both": sum(self.widths), "activation": in_features, "delta": out_features}
+        width = seen[self.inputs]
+        self.blocks = nn.Sequential(*(_ResidualBlock(width, modes, config) for _ in range(2)))
+        self.activation_stats = _RunningStatistics(in_features)
+        self.delta_stats = _RunningStatistics(out_features)
+
+    @property
+    def rows_seen(self) -> int:
+        """Rows that the running statistics have taken in."""
+        return int(self.activation_stats.count)
+
+    def gather(self, activation: Tensor, delta: Tensor, live: Tensor) -> None:
+        """Merge the live rows into the running statistics (training only)."""
+        self.activation_stats.merge(activation[live])
+        self.delta_stats.merge(delta[live])
+
+    def forward(self, activation: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """`(modes, rows, in)` and `(modes, rows, out)` -> pseudoactivations and pseudodeltas."""
+        if self.normalized:
+            if self.rows_seen < 2:
+                raise EditorError(
+                    "This editor has no running statistics yet: it was never trained. Train it "
+                    "(python -m workbench train), open a trained one, or use editor='ft'."
+                )
+            activation = self.activation_stats.normalize(activation)
+            delta = self.delta_stats.normalize(delta)
+        if self.inputs == "activation":
+            return self.blocks(activation), delta
+        if self.inputs == "delta":
+            return activation, self.blocks(delta)
+        joint = self.blocks(torch.cat((activation, delta), -1))
+        return tuple(joint.split(self.widths, -1))  # type: ignore[return-value]
+
+    def transform(self, parts: Sequence[Factors], gather: bool) -> list[Factors]:
+        """Pseudofactors of each layer, in the layers' order; see `Mend.transform`."""
+        # An encoder and a decoder read different numbers of tokens: zero rows fill up.
+        activation = pad_sequence([p.activation.flatten(0, 1) for p in parts], True).float()
+        delta = pad_sequence([p.delta.flatten(0, 1) for p in parts], True).float()
+        live = Factors(activation, delta).live()
+        if gather:
+            self.gather(activation, delta, live)
+        # A token without gradient in any of the layers need not pass the network.
+        kept = live.any(0).nonzero().squeeze(1)
+        mask = live[:, kept].unsqueeze(-1)
+        found = []
+        pseudo = [rows * mask for rows in self(activation[:, kept], delta[:, kept])]
+        for mode, part in enumerate(parts):
+            shape = part.activation.shape[:2]
+            whole = (
+                rows.new_zeros(live.shape[1], rows.shape[-1]).index_copy(0, kept, rows[mode])
+                for rows in pseudo
+            )
+            found.append(Factors(*(w[: shape.numel()].unflatten(0, shape) for w in whole)))
+        return found
+
+
+@register
+class Mend(TrainableEditor):
+    """The editor: one network for each shape of edited layer, one `edit_lr` for each layer.
+
+    Args:
+        lm: The frozen model to edit.
+        config: Settings; None: the paper's.
+    """
+
+    name: ClassVar[str] = "mend"
+
+    def __init__(self, lm: LanguageModel, config: MendConfig | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.config = config or MendConfig()
+        self.layers: tuple[EditableLayer, ...] = lm.layers(self.config.blocks, self.config.matrices)
+        self.groups: dict[str, list[EditableLayer]] = {}
+        for layer in self.layers:
+            shape = f"{layer.in_features}x{layer.out_features}"
+            key = shape if self.config.shared else layer.name.replace(".", "-")
+            self.groups.setdefault(key, []).append(layer)
+        self.networks = nn.ModuleDict(
+            {
+                key: EditorNetwork(
+                    group[0].in_features, group[0].out_features, len(group), self.config
+                )
+                for key, group in self.groups.items()
+            }
+        )
+        self.edit_lrs = nn.Parameter(torch.full((len(self.layers),), self.config.edit_lr))
+        self.to(lm.device)
+
+    @property
+    def sign(self) -> float:
+        """-1: the update descends (the paper); +1: it ascends (the published code)."""
+        return 1.0 if self.config.ascent else -1.0
+
+    def transform(
+        self, factors: Mapping[str, Factors], *, gather: bool = False
+    ) -> dict[str, Factors]:
+        """Pseudoactivations and pseudodeltas, row by row (section 3.1).
+
+        Args:
+            factors: Layer name -> factors, `(batch, tokens, width)`; every edited layer.
+            gather: Merge the rows into the running statistics first, as training does.
+
+        Returns:
+            Layer name -> pseudofactors of the same shapes, float32; rows without gradient are 0.
+        """
+        found: dict[str, Factors] = {}
+        for key, group in self.groups.items():
+            network = self.networks[key]
+            assert isinstance(network, EditorNetwork)
+            parts = network.transform([factors[layer.name] for layer in group], gather)
+            found.update(zip((layer.name for layer in group), parts, strict=True))
+        return {layer.name: found[layer.name] for layer in self.layers}
+
+    def update(self, pseudofactors: Mapping[str, Factors]) -> Update:
+        """`dW = -edit_lr * sum_t pseudodelta_t pseudoactivation_t^T`, one for each sequence.
+
+        Args:
+            pseudofactors: From `transform`, `(batch, tokens, width)`.
+        """
+        return Update(
+            {
+                layer.name: LayerUpdate(
+                    pseudofactors[layer.name].activation,
+                    pseudofactors[layer.name].delta,
+                    self.sign * self.edit_lrs[index],
+                )
+                for index, layer in enumerate(self.layers)
+            }
+        )
+
+    @torch.no_grad()
+    def propose(self, requests: Sequence[EditRequest]) -> Proposal:
+        """One update for all requests: their rank-1 terms side by side (section 3.1)."""
+        tokens, factors = gradient_factors(self.lm, self.layers, requests)
+        pseudofactors = self.transform(factors)
+        batched = self.update(pseudofactors)
+        update = {}
+        for name, layer in batched.items():
+            live = factors[name].live()
+            update[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale))
+        lrs = {layer.name: float(a) for layer, a in zip(self.layers, self.edit_lrs, strict=True)}
+        return Proposal(Update(update), self.layers, tokens, factors, pseudofactors, lrs)
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as JSON values."""
+        return asdict(self.config)
+
+    @classmethod
+    def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
+        """Make an untrained editor from its configuration as JSON values."""
+        return cls(lm, MendConfig(**settings))

@@ -1,0 +1,160 @@
+"""From texts to the tensors a model takes, and back to logits at the positions that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from workbench.errors import EditError
+from workbench.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One text as tokens: what is read, and which tokens are to be predicted.
+
+    Args:
+        ids: Token ids the model reads, without the last target token (nothing is predicted
+            from it). For encoder-decoder models and classifiers: the prompt alone.
+        targets: Ids to be predicted; for a classifier one class index.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Several `Tokens` as right-padded tensors.
+
+    Args:
+        inputs: What the model's forward takes.
+        rows: Sequence of each target position, `(n,)`.
+        columns: Position whose logits predict the target, `(n,)`.
+        targets: Target ids, `(n,)`.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.inputs["input_ids"].shape[0]
+
+
+def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
+    """Tokenise a prompt and the target that should follow it.
+
+    Args:
+        lm: The model whose tokenizer is used.
+        prompt: Text that is read. For decoders a space joins it to the target where neither
+            brings white space of its own.
+        target: Text to be predicted; for a classifier the label's name.
+
+    Raises:
+        EditError: The prompt is blank, the target has no tokens or is no label of the
+            classifier, or the text is longer than the model reads.
+    """
+    if not target.strip():
+        raise EditError("The target is empty. Say what the model should answer, e.g. 'Lyon'.")
+    if not prompt.strip():
+        raise EditError("The prompt is empty. Give the text that the target should follow.")
+    tokenizer = lm.tokenizer
+    if lm.kind == "classifier":
+        tokens = Tokens(tuple(tokenizer(prompt)["input_ids"]), (_label(lm, target),))
+    elif lm.kind == "seq2seq":
+        answer = tokenizer(text_target=target)["input_ids"]
+        tokens = Tokens(tuple(tokenizer(prompt)["input_ids"]), tuple(answer))
+    else:
+        joined = (
+            prompt + target if prompt[-1].isspace() or target[0].isspace() else f"{prompt} {target}"
+        )
+        encoded = tokenizer(joined, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        # Byte-level tokens own the space before them: a token is the target's if it ends in it.
+        owned = [i for i, (start, end) in enumerate(spans) if end > max(start, len(prompt))]
+        tokens = Tokens(tuple(ids[:-1]), tuple(ids[max(owned[0], 1) :] if owned else ()))
+    if not tokens.targets:
+        raise EditError(f"The tokenizer finds no token of its own in the target {target!r}.")
+    limit = getattr(lm.model.config, "max_position_embeddings", None)
+    longest = max(len(tokens.ids), len(tokens.targets))
+    if limit and longest > limit:
+        raise EditError(
+            f"The text has {longest} tokens; this model reads at most {limit}. Shorten it."
+        )
+    return tokens
+
+
+def tokenize_text(lm: LanguageModel, text: str, max_tokens: int = 32) -> Tokens:
+    """Tokenise a plain text of which every token after the first is to be predicted."""
+    ids = lm.tokenizer(text)["input_ids"][: max_tokens + 1]
+    if len(ids) < 2:
+        raise EditError(f"A text needs at least two tokens; {text!r} has {len(ids)}.")
+    return Tokens(tuple(ids[:-1]), tuple(ids[1:]))
+
+
+def _label(lm: LanguageModel, target: str) -> int:
+    named = lm.model.config.id2label or {}
+    labels = {str(name).lower(): index for index, name in named.items()}
+    if target.strip().lower() not in labels:
+        raise EditError(
+            f"{target!r} is no label of this classifier. Its labels: {', '.join(labels)}."
+        )
+    return int(labels[target.strip().lower()])
+
+
+def collate(lm: LanguageModel, texts: Sequence[Tokens]) -> Batch:
+    """Pad texts on the right into one batch on the model's device."""
+    pad = cast(int, lm.tokenizer.pad_token_id)
+    input_ids, mask = _pad([text.ids for text in texts], pad)
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if lm.kind == "causal":
+        columns = [range(len(t.ids) - len(t.targets), len(t.ids)) for t in texts]
+    else:
+        columns = [range(len(t.targets)) for t in texts]
+    if lm.kind == "seq2seq":
+        start = lm.model.config.decoder_start_token_id
+        inputs["decoder_input_ids"], _ = _pad([(start, *t.targets[:-1]) for t in texts], pad)
+    rows = [row for row, text in enumerate(texts) for _ in text.targets]
+    flat = [column for span in columns for column in span]
+    targets = [target for text in texts for target in text.targets]
+    device = lm.device
+    return Batch(
+        {name: tensor.to(device) for name, tensor in inputs.items()},
+        *(torch.tensor(values, device=device) for values in (rows, flat, targets)),
+    )
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def sequence_nll(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of each sequence's target tokens, `(batch,)`.
+
+    Args:
+        logits: At the batch's target positions, `(n, vocabulary)`.
+        batch: Where they belong.
+    """
+    losses = cross_entropy(logits.float(), batch.targets, reduction="none")
+    return per_sequence_mean(losses, batch)
+
+
+def per_sequence_mean(values: Tensor, batch: Batch) -> Tensor:
+    """Average values at target positions, `(n,)`, over each sequence, `(batch,)`."""
+    sums = values.new_zeros(batch.size).index_add(0, batch.rows, values)
+    counts = values.new_zeros(batch.size).index_add(0, batch.rows, torch.ones_like(values))
+    return sums / counts.clamp(min=1)

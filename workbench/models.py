@@ -1,0 +1,302 @@
+"""Open language models and keep them frozen: from the hub, a folder, a GGUF file, or embedded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.errors import ModelError
+from workbench.gguf import DEFAULT_MODEL as DEFAULT_MODEL
+from workbench.gguf import cache_folder as cache_folder
+from workbench.gguf import default_gguf, quiet_loading, unpack_gguf
+from workbench.layers import Blocks, EditableLayer, Matrices, Stack, find_layers, find_stacks
+
+Kind = Literal["causal", "seq2seq", "classifier"]
+Quantization = Literal["8bit", "4bit"]
+
+_AUTO_CLASS = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "classifier": transformers.AutoModelForSequenceClassification,
+}
+_IDENTITY = ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_act")
+_WRONG_KIND = (
+    "A {} neither generates text nor classifies sequences: open a causal, sequence-to-sequence "
+    "or sequence-classification model."
+)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A frozen model with its tokenizer; its weights are never written.
+
+    Attributes:
+        model: the transformers model, in eval mode, no parameter requiring grad.
+        tokenizer: its tokenizer, with a pad token.
+        source: what it was opened from.
+        kind: "causal", "seq2seq" or "classifier".
+        quantization: None, "8bit" or "4bit".
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    kind: Kind
+    quantization: Quantization | None
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "in-memory",
+    ) -> LanguageModel:
+        """Take a model that the caller already holds: freezes it and sets eval mode.
+
+        Args:
+            model: a causal, sequence-to-sequence or sequence-classification model.
+            tokenizer: its tokenizer; gets a pad token (the end-of-text token) if it has none.
+            source: the name to show for it.
+
+        Raises:
+            ModelError: the model is of another kind, or the tokenizer has neither token.
+        """
+        kind = _kind_of_model(model)
+        model.eval().requires_grad_(False)
+        _ensure_pad_token(model, tokenizer)
+        quantization: Quantization | None = None
+        if getattr(model, "is_loaded_in_4bit", False):
+            quantization = "4bit"
+        elif getattr(model, "is_loaded_in_8bit", False):
+            quantization = "8bit"
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_message)
+        return cls(model, tokenizer, source, kind, quantization)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(self.model.get_input_embeddings().parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        return self.model.dtype
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The model's blocks: one stack, or encoder and decoder."""
+        return find_stacks(self.model)
+
+    def layers(
+        self, blocks: Blocks = None, matrices: Matrices = "mlp"
+    ) -> tuple[EditableLayer, ...]:
+        """The layers to edit; see `find_layers`."""
+        return find_layers(self.model, blocks, matrices)
+
+    def fingerprint(self) -> str:
+        """Name the weights in 16 hex digits, quickly: shapes, dtypes, sums and samples.
+
+        Sums of the bits as integers do not depend on the order of summation, so the same weights
+        in the same dtype have the same fingerprint on every machine.
+        """
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        identity = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
+        digest.update(json.dumps(identity, sort_keys=True).encode())
+        for name, tensor in self.model.named_parameters():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if tensor.numel() and not tensor.is_meta:
+                bits = _bits(tensor)
+                digest.update(str(bits.sum(dtype=torch.int64).item()).encode())
+                digest.update(bits[:: max(1, bits.numel() // 64)].cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def checksum(self) -> str:
+        """Hash every byte of every parameter and buffer (sha256, 64 hex digits)."""
+        digest = hashlib.sha256()
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if tensor.numel() and not tensor.is_meta:
+                digest.update(_bits(tensor).cpu().numpy().data)
+        return digest.hexdigest()
+
+
+def open_model(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str | None = None,
+    quantize: Quantization | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    progress: bool = True,
+) -> LanguageModel:
+    """Open a model, frozen.
+
+    Args:
+        source: None for the embedded default; a `.gguf` file; a folder; or a hub id.
+        device: "auto" (CUDA if there is one, else the CPU), or any torch device.
+        dtype: None for float32 on the CPU, and on other devices the checkpoint's own half
+            precision or bfloat16.
+        quantize: "8bit" or "4bit" with bitsandbytes.
+        device_map: handed to transformers in place of `device`, to split a large model.
+        progress: show progress of downloads and of the first, slow opening of a GGUF file.
+
+    Raises:
+        ModelError: the source cannot be found or read, or is no kind of model handled here.
+    """
+    name = DEFAULT_MODEL if source is None else os.fspath(source)
+    device = _device_named(device)
+    dtype = _dtype_named(dtype)
+    if quantize not in (None, "8bit", "4bit"):
+        raise ModelError(f'quantize={quantize!r} is not known: give None, "8bit" or "4bit".')
+
+    location = Path(default_gguf() if name == DEFAULT_MODEL else name).expanduser()
+    if location.suffix == ".gguf":
+        if not location.is_file():
+            raise ModelError(f"There is no file {location}: give the path of a .gguf file.")
+        gguf_dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        location = unpack_gguf(location, Path(name).stem, gguf_dtype, progress)
+    local = location.is_dir()
+    with quiet_loading(progress and not local), _readable_errors(name, location):
+        path = str(location) if local else name
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = _kind_of_config(config)
+        if dtype is None:
+            half = config.dtype if config.dtype in _HALF else torch.bfloat16
+            dtype = torch.float32 if device.type == "cpu" else half
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_8bit=quantize == "8bit",
+            load_in_4bit=quantize == "4bit",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        model, info = _AUTO_CLASS[kind].from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map=device_map or {"": device},
+            quantization_config=quantization if quantize else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{name} lacks weights that a {kind} model needs, such as "
+                f"{min(info['missing_keys'])}: they would be random. Open a checkpoint that was "
+                "saved with its head."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return LanguageModel.wrap(model, tokenizer, name)
+
+
+def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                "The tokenizer has neither a pad nor an end-of-text token, so texts cannot be "
+                "batched: set tokenizer.pad_token to one of its tokens."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+def _is_no_cast_message(record: logging.LogRecord) -> bool:
+    """Drop what bitsandbytes says of every 8-bit layer in every forward pass."""
+    return "inputs will be cast" not in record.msg
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's memory as a flat integer tensor, of the widest integer that fits."""
+    octets = tensor.detach().contiguous().flatten().view(torch.uint8)
+    return octets.view(torch.int64) if octets.numel() % 8 == 0 else octets
+
+
+def _device_named(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f'device={str(device)!r} cannot be used: {error}. Give "auto", "cpu" or a device that '
+            "this PyTorch sees."
+        ) from error
+    return device
+
+
+def _dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ModelError(f'dtype={dtype!r} is not known: give "float32", "bfloat16" or "float16".')
+    return named
+
+
+def _kind_of_model(model: nn.Module) -> Kind:
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"A transformers model is needed, not {type(model).__name__}. Merge a PEFT model "
+            "first: model.merge_and_unload()."
+        )
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "classifier"
+    if model.can_generate():
+        return "seq2seq" if model.config.is_encoder_decoder else "causal"
+    raise ModelError(_WRONG_KIND.format(type(model).__name__))
+
+
+def _kind_of_config(config: transformers.PretrainedConfig) -> Kind:
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
+    saved = getattr(transformers, architecture, None)
+    if saved is None or architecture.endswith("Model") or saved.can_generate():
+        return "seq2seq" if config.is_encoder_decoder else "causal"
+    raise ModelError(_WRONG_KIND.format(architecture))
+
+
+@contextmanager
+def _readable_errors(name: str, location: Path) -> Iterator[None]:
+    """Turn the loader's errors into one that says what to do."""
+    try:
+        yield
+    except ImportError as error:
+        raise ModelError(f"Cannot open {name!r}: {str(error).strip()}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        if location.is_dir():
+            pickles = [p.name for p in location.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+            if pickles and not any(location.glob("*.safetensors")):
+                raise ModelError(
+                    f"{name} holds its weights only as pickle ({pickles[0]}), which can run code "
+                    "when read. Convert it to safetensors with `model.save_pretrained(folder)` "
+                    "where you trust it, and open that folder."
+                ) from error
+            fix = (
+                "The folder needs config.json and the tokenizer's files, *.safetensors, and an "
+                "architecture that transformers itself contains: code in it is never run."
+            )
+        else:
+            fix = (
+                "It is no folder or .gguf file here; as a hub id it is unknown, private, without "
+                "safetensors, in need of code of its own (which is never run), or the hub cannot "
+                "be reached. Check the spelling, log in with "
+                "`hf auth login`, or download the model elsewhere and give its folder; without a "
+                "source the embedded model opens offline."
+            )
+        raise ModelError(f"Cannot open {name!r}: {reason}. {fix}") from error

@@ -1,0 +1,205 @@
+"""Overlay: the frozen model plus updates, applied in the forward pass; the stack of live edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from torch import Tensor, nn
+
+from workbench.errors import EditError
+from workbench.layers import linear_shape
+from workbench.updates import LayerUpdate, Update
+
+# The overlays that are live in this thread or task; a hook set by another one stays silent.
+_live: ContextVar[frozenset[int]] = ContextVar("workbench_live_overlays", default=frozenset())
+_tokens = count()
+
+
+def _add(layer: LayerUpdate, inputs: Tensor, output: Tensor, sequences: Tensor | None) -> Tensor:
+    batch = len(layer.A) if layer.A.dim() == 3 else None if sequences is None else len(sequences)
+    if batch is not None:
+        # Mixture-of-experts blocks put the tokens of all sequences in one axis.
+        if inputs.dim() == 2 and len(inputs) % batch == 0:
+            inputs = inputs.unflatten(0, (batch, -1))
+        elif len(inputs) != batch:
+            raise EditError(
+                f"The overlay is made for a batch of {batch} sequences, but the model was given "
+                f"{len(inputs)}. Pass as many sequences as updates (and no beams)."
+            )
+    change = (inputs.to(layer.A.dtype) @ layer.A.mT) @ layer.B
+    if sequences is not None:
+        change = change * sequences.to(change)[:, None, None]
+    return output + change.view_as(output).to(output.dtype)
+
+
+def _hook(layer: LayerUpdate, token: int, sequences: Tensor | None) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        nonlocal layer
+        if token not in _live.get():
+            return None
+        # Only the output tells where an offloaded layer runs.
+        if layer.A.device != output.device:
+            layer = layer.map(lambda factor: factor.to(output.device))
+        return _add(layer, args[0], output, sequences)
+
+    return hook
+
+
+@contextmanager
+def overlay(
+    model: nn.Module, update: Update | None, sequences: Tensor | None = None
+) -> Iterator[None]:
+    """Run the model as if each weight W were `W + scale * B^T A`; the weights are never written.
+
+    The overlay is local to the context (thread, task) that enters it. Overlays nest: their
+    changes add up. Differentiable in both factors and the scale.
+
+    Args:
+        model: The module whose layers the update names.
+        update: What to add; with a leading axis, one change for each sequence of the batch.
+            None or an empty update leaves the model as it is.
+        sequences: Which sequences of the batch it acts on, `(batch,)` bool; None: all. Base and
+            edited model can so run in one forward pass.
+
+    Raises:
+        EditError: The update names a layer that the model does not have, or has other widths;
+            in the forward pass: the batch has another number of sequences.
+    """
+    token = next(_tokens)
+    with ExitStack() as stack:
+        for name, layer in (update or {}).items():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise EditError(
+                    f"The update changes layer {name!r}, which this model does not have. "
+                    f"It was made for another model."
+                ) from None
+            wanted = layer.B.shape[-1], layer.A.shape[-1]
+            shape = linear_shape(module)
+            if shape is None or shape[::-1] != wanted:
+                raise EditError(
+                    f"The update changes layer {name!r} as a matrix of (out, in) = {wanted}; in "
+                    f"this model it is {shape and shape[::-1]}. It was made for another model."
+                )
+            handle = module.register_forward_hook(_hook(layer.folded(), token, sequences))
+            stack.callback(handle.remove)
+        reset = _live.set(_live.get() | {token})
+        try:
+            yield
+        finally:
+            _live.reset(reset)
+
+
+@dataclass(frozen=True)
+class StackEntry:
+    """One edit of a stack: its id, its update, whether it is on and how strongly."""
+
+    id: int
+    update: Update
+    enabled: bool = True
+    strength: float = 1.0
+
+
+@dataclass
+class EditStack:
+    """The live edits of one user, as a history of immutable states.
+
+    Every action (push, remove, toggle, strength) adds a state; undo and redo move between
+    states, so that whatever came before is back exactly.
+    """
+
+    _states: list[tuple[StackEntry, ...]] = field(default_factory=lambda: [()])
+    _cursor: int = 0
+    _cached: tuple[tuple[StackEntry, ...], Update] | None = None
+
+    @property
+    def entries(self) -> tuple[StackEntry, ...]:
+        """The edits of the present state, oldest first."""
+        return self._states[self._cursor]
+
+    @property
+    def can_undo(self) -> bool:
+        return self._cursor > 0
+
+    @property
+    def can_redo(self) -> bool:
+        return self._cursor + 1 < len(self._states)
+
+    def combined(self) -> Update:
+        """The sum of all enabled edits, each times its strength; cached until the state changes."""
+        entries = self.entries
+        if self._cached is None or self._cached[0] is not entries:
+            live = [entry for entry in entries if entry.enabled and entry.strength != 0]
+            self._cached = (entries, Update.sum(e.update * e.strength for e in live))
+        return self._cached[1]
+
+    def push(self, id: int, update: Update) -> None:
+        """Add an edit, enabled at full strength."""
+        if any(entry.id == id for entry in self.entries):
+            raise EditError(f"Edit {id} is already in the stack.")
+        self._advance((*self.entries, StackEntry(id, update)))
+
+    def remove(self, id: int) -> None:
+        """Drop one edit, wherever it stands."""
+        entry = self._entry(id)
+        self._advance(tuple(other for other in self.entries if other is not entry))
+
+    def toggle(self, id: int) -> bool:
+        """Switch an edit off or on again; returns whether it is now on."""
+        entry = self._entry(id)
+        self._replace(entry, replace(entry, enabled=not entry.enabled))
+        return not entry.enabled
+
+    def strength(self, id: int, value: float) -> None:
+        """Set how strongly an edit acts: 1 as made, 0 not at all, negative reverses it."""
+        if not -10 <= value <= 10:
+            raise EditError(f"Strength must lie between -10 and 10 (1 = as made); got {value}.")
+        entry = self._entry(id)
+        self._replace(entry, replace(entry, strength=float(value)))
+
+    def clear(self) -> None:
+        """Drop every edit (undo brings them back)."""
+        if self.entries:
+            self._advance(())
+
+    def undo(self) -> None:
+        """Take the last action back.
+
+        Raises:
+            EditError: There is nothing to undo.
+        """
+        if not self.can_undo:
+            raise EditError("There is nothing to undo: no edit has been made.")
+        self._cursor -= 1
+
+    def redo(self) -> None:
+        """Do again what was undone last.
+
+        Raises:
+            EditError: There is nothing to redo.
+        """
+        if not self.can_redo:
+            raise EditError(
+                "There is nothing to redo: nothing has been undone since the last edit."
+            )
+        self._cursor += 1
+
+    def _entry(self, id: int) -> StackEntry:
+        for entry in self.entries:
+            if entry.id == id:
+                return entry
+        known = ", ".join(str(entry.id) for entry in self.entries) or "none"
+        raise EditError(f"There is no edit {id!r}. Edits at hand: {known}.")
+
+    def _replace(self, old: StackEntry, new: StackEntry) -> None:
+        self._advance(tuple(new if entry is old else entry for entry in self.entries))
+
+    def _advance(self, state: tuple[StackEntry, ...]) -> None:
+        del self._states[self._cursor + 1 :]
+        self._states.append(state)
+        self._cursor += 1

@@ -1,0 +1,295 @@
+"""Figures of an edit: its factors, its updates, what became of the answers; they know no model."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import Any, Literal
+from unicodedata import east_asian_width
+
+import plotly.graph_objects as go
+
+from workbench.errors import EditError
+from workbench.probes import KINDS
+from workbench.results import Comparison, EditTrace, LayerTrace, PromptComparison
+
+Factor = Literal["activation", "delta", "pseudoactivation", "pseudodelta"]
+
+# The palette of Okabe and Ito, which colour-blind readers tell apart. Kinds: warm where an edit
+# should act, cool where it should not.
+_OF_KINDS = ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#8A8A8A")
+KIND_COLORS: dict[str, str] = dict(zip(KINDS, _OF_KINDS, strict=True))
+MATRIX_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+TEXT_COLOR = "#767676"  # as legible on white as on near-black
+
+_CLEAR, _FAINT = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
+_AXIS = {"automargin": True, "zeroline": False, "gridcolor": _FAINT, "title": {"standoff": 6}}
+_FONT = {"family": "system-ui, sans-serif", "size": 12, "color": TEXT_COLOR}
+_SCALE = {"orientation": "h", "xanchor": "left", "yanchor": "bottom", "thickness": 8, "ypad": 4}
+_HOVER = {"hoverinfo": "text"}
+_HEAT = _HOVER | {"colorscale": "Viridis", "colorbar": _SCALE, "xgap": 1, "ygap": 1}
+TEMPLATE = go.layout.Template(
+    data={"heatmap": [_HEAT], "bar": [_HOVER], "scatter": [_HOVER | {"cliponaxis": False}]},
+    layout={
+        "font": _FONT,
+        "paper_bgcolor": _CLEAR,
+        "plot_bgcolor": _CLEAR,
+        "margin": {"l": 8, "r": 20, "t": 8, "b": 8},
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        "hoverlabel": {"align": "left", "bgcolor": "#222", "font": _FONT | {"color": "#F5F5F5"}},
+        "modebar": {"color": TEXT_COLOR},
+        "dragmode": False,  # a finger on the figure scrolls the page
+    },
+)
+
+_SYMBOLS = {"activation": "‖u‖", "delta": "‖δ‖", "pseudoactivation": "‖ũ‖", "pseudodelta": "‖δ̃‖"}
+_DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
+_SIGNS = {"\n": "↵", "\t": "⇥"} | {c: c for c in "\u3000\u200c\u200d"}
+_ROW, _BAR, _FOOT = 20, 76, 90  # pixels: one layer, the scale above a panel, the tokens below
+
+
+def factor_heatmap(trace: EditTrace, factor: Factor) -> go.Figure:
+    """One factor's norm for each layer and token, colours on a log scale; zeros stay blank.
+
+    Args:
+        trace: Of an edit.
+        factor: "activation", "delta", or the editor's "pseudoactivation", "pseudodelta".
+
+    Raises:
+        EditError: The edit has no such factor.
+    """
+    return _heatmaps(trace, [factor], 1)
+
+
+def factor_panels(trace: EditTrace) -> go.Figure:
+    """Heat maps of both factors, before the editor (left) and after it (right, if it has any)."""
+    if any(layer.pseudodelta_norms is None for layer in trace.layers):
+        return _heatmaps(trace, ["activation", "delta"], 1)
+    return _heatmaps(trace, ["activation", "pseudoactivation", "delta", "pseudodelta"], 2)
+
+
+def update_magnitudes(trace: EditTrace, *, relative: bool = False) -> go.Figure:
+    """Frobenius norm of every layer's update, by block and matrix.
+
+    Args:
+        trace: Of an edit.
+        relative: As a share of the layer's weight norm.
+    """
+    names = _layer_names(trace)
+    blocks = list(dict.fromkeys(block for block, _ in names))
+    figure = go.Figure()
+    for matrix, color in _styles((matrix for _, matrix in names), MATRIX_COLORS).items():
+        chosen = {names[i][0]: la for i, la in enumerate(trace.layers) if names[i][1] == matrix}
+        norms = [la.relative_norm if relative else la.update_norm for la in chosen.values()]
+        hovers = [_layer_hover(layer) for layer in chosen.values()]
+        figure.add_bar(x=list(chosen), y=norms, name=matrix, marker_color=color, hovertext=hovers)
+    figure.update_xaxes(title="block", type="category", categoryarray=blocks)
+    figure.update_yaxes(title="‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖ (Frobenius norm)")
+    return figure.update_layout(template=TEMPLATE, height=320)
+
+
+def spectra(trace: EditTrace) -> go.Figure:
+    """Singular values of every layer's update: how many directions an edit uses, how strongly."""
+    names = _layer_names(trace)
+    longest = max(len(layer.spectrum) for layer in trace.layers)
+    dashes = _styles((block for block, _ in names), _DASHES)
+    colors = _styles((matrix for _, matrix in names), MATRIX_COLORS)
+    figure = go.Figure()
+    for (block, matrix), layer in zip(names, trace.layers, strict=True):
+        figure.add_scatter(
+            x=list(range(1, len(layer.spectrum) + 1)),
+            y=list(layer.spectrum),
+            name=f"{block} {matrix}",
+            mode="lines+markers" if longest < 24 else "lines",
+            line={"color": colors[matrix], "dash": dashes[block], "width": 1.5},
+            hovertemplate=f"{layer.name}<br>singular value %{{x}}: %{{y:.6g}}<extra></extra>",
+        )
+    figure.update_xaxes(title="singular value, largest first", dtick=1 if longest < 12 else None)
+    figure.update_yaxes(title="size (log scale)", type="log", tickformat="~g", nticks=6)
+    return figure.update_layout(template=TEMPLATE, height=320 + 7 * len(names))
+
+
+def target_probabilities(comparison: Comparison) -> go.Figure:
+    """Each prompt's probability of its target, before the edits (ring) and after them (disc).
+
+    Args:
+        comparison: Prompts without a target are left out, and the axis says how many.
+
+    Raises:
+        EditError: No prompt has a target.
+    """
+    rows = [row for row in comparison.rows if row.target is not None]
+    if not rows:
+        raise EditError(
+            f"None of the {len(comparison.rows)} prompts has a target, so there is no probability "
+            f"to show. Compare with target=..., or give probes that bring one."
+        )
+    figure = go.Figure()
+    for kind in dict.fromkeys(row.kind for row in rows):
+        _dumbbells(figure, kind, {y: row for y, row in enumerate(rows) if row.kind == kind})
+    title = "probability of the target: ○ before, ● after"
+    if left_out := len(comparison.rows) - len(rows):
+        title += f"<br>({left_out} without a target left out)"
+    figure.update_xaxes(title=title, range=[-0.02, 1.02], tickvals=[0, 0.25, 0.5, 0.75, 1])
+    figure.update_yaxes(visible=False, range=[len(rows) - 0.5, -0.8])
+    for y, row in enumerate(rows):
+        target = _cut(row.target or "", 14)
+        text = _plain(f"{_cut(row.prompt, 48 - len(target))} → {target}")
+        figure.add_annotation(x=0, y=y, text=text, xanchor="left", yshift=15, showarrow=False)
+    return figure.update_layout(template=TEMPLATE, height=110 + 44 * len(rows))
+
+
+def _heatmaps(trace: EditTrace, factors: Sequence[Factor], columns: int) -> go.Figure:
+    """Panels in reading order over shared axes: tokens, and layers with the lowest at the foot."""
+    rows, panel = len(factors) // columns, _ROW * len(trace.layers)
+    xgap, ygap = 0.05, _BAR / (panel + _BAR)
+    grid = {"rows": rows, "columns": columns, "xgap": xgap, "ygap": ygap, "pattern": "coupled"}
+    # Positions are the categories, words their aliases: a repeated word keeps its own column, and
+    # plotly leaves out labels that find no room.
+    tokens = [str(place) for place in range(len(trace.tokens))]
+    words = [_plain(_cut(text.lstrip(" ") or "␣" * len(text) or "∅", 14)) for text in trace.tokens]
+    bold = [f"<b>{w}</b>" if p else w for w, p in zip(words, trace.predicts, strict=True)]
+    layers = [" ".join(name) for name in _layer_names(trace)]
+    heats = [_heat(trace, factor) for factor in factors]
+    ends = _request_ends(trace)
+    figure = go.Figure().update_layout(template=TEMPLATE, grid=grid)
+    for place, heat in enumerate(heats):
+        row, column = divmod(place, columns)
+        left, top = column / (columns - xgap), 1 - row / (rows - ygap)
+        heat["colorbar"] |= {"x": left, "y": top, "len": (1 - xgap) / (columns - xgap)}
+        xaxis, yaxis = ("x", "x2")[column], ("y", "y2")[row]
+        figure.add_heatmap(x=tokens, y=layers, xaxis=xaxis, yaxis=yaxis, **heat)
+        for end in ends:
+            line = {"x0": end, "x1": end, "y0": 0, "y1": 1, "line": {"color": "#FFF", "width": 3}}
+            figure.add_shape(type="line", xref=xaxis, yref=f"{yaxis} domain", **line)
+    axis = {"type": "category", "showgrid": False}
+    upright = {"tickangle": -90, "labelalias": dict(zip(tokens, bold, strict=True))}
+    figure.update_layout({f"xaxis{n + 1}": axis | upright for n in range(columns)})
+    figure.update_layout({f"yaxis{n + 1}": axis for n in range(rows)})
+    title = "token" + " (bold: predicts the target)" * any(trace.predicts)
+    title += "<br>white line: next request" * bool(ends)
+    title += "<br>blank: no gradient" * any(None in row for heat in heats for row in heat["z"])
+    return figure.update_layout(xaxis_title=title, height=rows * (panel + _BAR) + _FOOT)
+
+
+def _heat(trace: EditTrace, factor: Factor) -> dict[str, Any]:
+    """A heat map's values and texts, and its colour bar, which is its title too."""
+    norms = [getattr(layer, f"{factor}_norms", None) for layer in trace.layers]
+    if None in norms:
+        raise EditError(
+            f"This edit has no factor {factor!r}: all have 'activation' and 'delta', those of "
+            f"editors that transform factors, as MEND, 'pseudoactivation' and 'pseudodelta' too."
+        )
+    logs = [[math.log10(n) if 0 < n < math.inf else None for n in row or ()] for row in norms]
+    known = [value for row in logs for value in row if value is not None] or [0.0]
+    ticks = sorted({min(known), (min(known) + max(known)) / 2, max(known)})
+    side = "after" if factor.startswith("pseudo") else "before"
+    title = f"{factor} {_SYMBOLS[factor]}<br>{side} the editor (log)"
+    shown = [f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in (10**tick for tick in ticks)]
+    heading = {"text": title, "side": "top", "font_size": 11}
+    colorbar = {"title": heading, "tickvals": ticks, "ticktext": shown}
+    hovers = [_cell_hovers(trace, layer, factor) for layer in trace.layers]
+    return {"z": logs, "hovertext": hovers, "colorbar": colorbar}
+
+
+def _cell_hovers(trace: EditTrace, layer: LayerTrace, factor: Factor) -> list[str]:
+    raw = factor.removeprefix("pseudo")
+    cosines = getattr(layer, f"{raw}_cosines") if raw != factor else None
+    # A decoder that reads an encoder has positions of its own, not the prompt's tokens.
+    own = layer.stack != trace.layers[0].stack
+    norms, found = getattr(layer, f"{factor}_norms"), []
+    for i, (norm, token) in enumerate(zip(norms, trace.tokens, strict=False)):
+        word = f"token {i + 1}: <b>{_plain(token.replace(' ', '␣') or '∅')}</b>"
+        lines = [f"{layer.stack} position {i + 1}" if own else word]
+        if trace.predicts[i]:
+            lines += [f"predicts <b>{_plain(trace.predicts[i].replace(' ', '␣'))}</b>"]
+        lines += [layer.name, f"{_SYMBOLS[factor]} = {norm:.6g}"]
+        lines += [f"cosine with the raw {raw}: {cosines[i]:.4f}"] if cosines else []
+        found.append("<br>".join(lines))
+    return found
+
+
+def _request_ends(trace: EditTrace) -> list[float]:
+    """Borders between the requests' tokens; none where the trace does not tell all of them."""
+    pairs = zip(trace.predicts, trace.predicts[1:], strict=False)
+    ends = [place + 0.5 for place, (a, b) in enumerate(pairs) if a and not b]
+    return ends if len(ends) == len(trace.requests) - 1 else []
+
+
+def _dumbbells(figure: go.Figure, kind: str, rows: dict[int, PromptComparison]) -> None:
+    """One kind's prompts, each at its height: a line from a ring to a disc."""
+    color = KIND_COLORS.get(kind, KIND_COLORS["other"])
+    before = [row.base_probability for row in rows.values()]
+    after = [row.edited_probability for row in rows.values()]
+    xs = [x for pair in zip(before, after, strict=True) for x in (*pair, None)]
+    ys = [y for height in rows for y in (height, height, None)]
+    line = {"color": color, "width": 3}
+    between = {"x": xs, "y": ys, "mode": "lines", "line": line, "opacity": 0.5, "hoverinfo": "skip"}
+    hovers = [*map(_prompt_hover, rows.values())]
+    points = {"y": list(rows), "mode": "markers", "hovertext": hovers}
+    ring = points | {"x": before, "marker": {"color": color, "size": 14, "symbol": "circle-open"}}
+    disc = points | {"x": after, "marker": {"color": color, "size": 9, "symbol": "circle"}}
+    for part in (between, ring, disc):
+        figure.add_scatter(**part, name=_plain(kind), legendgroup=kind, showlegend=part is disc)
+
+
+def _prompt_hover(row: PromptComparison) -> str:
+    lines = [f"<b>{_plain(row.kind)}</b>", _wrapped(f"{row.prompt} → {row.target}")]
+    for name, p, text in (
+        ("before", row.base_probability, row.base_text),
+        ("after", row.edited_probability, row.edited_text),
+    ):
+        lines += [f"{name}: p = {p:.6g}" if p is not None else name, _wrapped(f"“{text}”")]
+    return "<br>".join([*lines, f"KL(before ‖ after) of the next token: {row.divergence:.6g} nats"])
+
+
+def _layer_hover(layer: LayerTrace) -> str:
+    lines = [layer.name, f"‖ΔW‖ = {layer.update_norm:.6g}, ‖W‖ = {layer.weight_norm:.6g}"]
+    lines += [f"‖ΔW‖ / ‖W‖ = {layer.relative_norm:.6g}, rank {len(layer.spectrum)}"]
+    lines += [f"edit_lr α = {layer.edit_lr:.6g}"] if layer.edit_lr is not None else []
+    return "<br>".join(lines)
+
+
+def _layer_names(trace: EditTrace) -> list[tuple[str, str]]:
+    """Block and matrix of each layer, no two alike: with stack or more of the name where needed."""
+    several = len({layer.stack for layer in trace.layers}) > 1
+    blocks = [f"{la.stack} {la.block}" if several else str(la.block) for la in trace.layers]
+    paths = [layer.name.split(".") for layer in trace.layers]
+    found = []
+    for block, path in zip(blocks, paths, strict=True):
+        peers = [p for b, p in zip(blocks, paths, strict=True) if b == block]
+        lengths = range(1, len(path) + 1)
+        alone = next(n for n in lengths if sum(p[-n:] == path[-n:] for p in peers) == 1)
+        found.append((block, ".".join(path[-alone:])))
+    return found
+
+
+def _styles(keys: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(keys), cycle(styles), strict=False))
+
+
+def _visible(text: str) -> str:
+    return "".join(_SIGNS.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in text)
+
+
+def _plain(text: str) -> str:
+    """A text as plotly shows it unchanged: plotly reads HTML, and TeX between dollars."""
+    return html.escape(_visible(text), quote=False).replace("$", "&#36;")
+
+
+def _cut(text: str, width: int) -> str:
+    """At most `width` columns of a text, its middle left out."""
+    width //= 1 + any(east_asian_width(c) in "WF" for c in text)
+    head = width // 3
+    return text if len(text) <= width else f"{text[:head]}…{text[head + 1 - width :]}"
+
+
+def _wrapped(text: str) -> str:
+    lines = textwrap.wrap(_visible(text), 44, max_lines=8, placeholder=" …")
+    return "<br>".join(map(_plain, lines))

@@ -1,0 +1,134 @@
+"""Prompts that show how far an edit reaches: equivalents, neighbours, unrelated ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import sha256
+from typing import TypeVar
+
+from workbench.corpus import EXAMPLES, SENTENCES, Relation, relations
+from workbench.data import EditExample, Statement
+
+T = TypeVar("T")
+KINDS = ("edit", "equivalent", "neighbor", "unrelated", "other")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt to look at, and what it is there for.
+
+    Args:
+        prompt: What the model reads.
+        kind: "edit" or "equivalent" (should change), "neighbor" or "unrelated" (should not),
+            "other" (nothing is expected).
+        target: Answer whose probability is of interest: the edit's target where it should appear,
+            the true answer where nothing should change; None where none is known.
+        made: How the probe was made, in a few words.
+    """
+
+    prompt: str
+    kind: str = "other"
+    target: str | None = None
+    made: str = ""
+
+
+def suggest(
+    prompt: str, target: str, *, equivalents: int = 2, neighbors: int = 2, unrelated: int = 3
+) -> tuple[Probe, ...]:
+    """Probes for an edit that someone typed: the prompt itself, then each kind.
+
+    A prompt of the gallery brings its own; one in a wording of the built-in corpus gets the other
+    wordings and other subjects; any other is read after an unrelated sentence.
+
+    Args:
+        prompt: The edit's prompt.
+        target: The edit's target.
+        equivalents: How many prompts that should change with it.
+        neighbors: How many of the same relation or subject that should not.
+        unrelated: How many others that should not.
+    """
+    alike, near = _known(prompt)
+    alike += [
+        Probe(f"{sentence} {prompt}", "equivalent", made="after an unrelated sentence")
+        for sentence in _chosen(SENTENCES, prompt)[: max(0, equivalents - len(alike))]
+    ]
+    taken = {prompt, *(probe.prompt for probe in (*alike, *near))}
+    relation, _ = _recognised(prompt)
+    far = [
+        Probe(statement.prompt, "unrelated", statement.answer, "of another gallery example")
+        for example in _chosen(EXAMPLES, prompt)
+        for statement in example.unrelated[:1]
+        if example.prompt != prompt and statement.prompt not in taken
+        if relation is None or _recognised(statement.prompt)[0] is not relation
+    ]
+    return (
+        Probe(prompt, "edit", target, "as typed"),
+        *(replace(probe, target=target) for probe in alike[:equivalents]),
+        *near[:neighbors],
+        *list(dict.fromkeys(far))[:unrelated],
+    )
+
+
+def _known(prompt: str) -> tuple[list[Probe], list[Probe]]:
+    """Equivalents and neighbours of a prompt that the gallery or the corpus knows."""
+    for example in EXAMPLES:
+        if prompt.strip() == example.prompt:
+            return _from_example(example)
+    relation, subject = _recognised(prompt)
+    return _from_relation(relation, subject, prompt.strip()) if relation else ([], [])
+
+
+def _recognised(prompt: str) -> tuple[Relation | None, str]:
+    """The relation of the corpus in whose wording a prompt is, and its subject."""
+    for relation, pattern in _patterns():
+        match = pattern.fullmatch(prompt.strip())
+        if match:
+            return relation, match[1]
+    return None, ""
+
+
+def _from_example(example: EditExample) -> tuple[list[Probe], list[Probe]]:
+    alike = [Probe(p, "equivalent", made="written for this example") for p in example.paraphrases]
+    pairs = zip(example.neighbors, example.same_subject, strict=False)
+    near = [probe for pair in pairs for probe in map(_neighbor, pair, ("relation", "subject"))]
+    return alike, near
+
+
+def _neighbor(statement: Statement, same: str) -> Probe:
+    return Probe(statement.prompt, "neighbor", statement.answer, f"same {same}")
+
+
+def _from_relation(
+    relation: Relation, subject: str, prompt: str
+) -> tuple[list[Probe], list[Probe]]:
+    wordings = [wording.replace("{}", subject) for wording in relation.wordings]
+    alike = [
+        Probe(wording[0].upper() + wording[1:], "equivalent", made="another wording")
+        for wording in wordings
+        if wording.lower() != prompt.lower()
+    ]
+    others = [s for s in _chosen(relation.subjects, prompt) if s.lower() != subject.lower()]
+    near = [_neighbor(relation.ask(other, prompt), "relation") for other in others[:4]]
+    same = [
+        _neighbor(other.ask(subject, prompt), "subject")
+        for other in relations().values()
+        if other is not relation and subject in other.facts
+    ]
+    return alike, [*near[:1], *same[:1], *near[1:], *same[1:]]
+
+
+@cache
+def _patterns() -> tuple[tuple[Relation, re.Pattern[str]], ...]:
+    return tuple(
+        (relation, re.compile(re.escape(wording).replace(r"\{\}", "(.+?)"), re.IGNORECASE))
+        for relation in relations().values()
+        for wording in relation.wordings
+    )
+
+
+def _chosen(items: Sequence[T], key: str) -> list[T]:
+    """Items in an order that depends on the key alone: the same prompt gets the same probes."""
+    return sorted(items, key=lambda item: sha256(f"{key}|{item}".encode()).digest())

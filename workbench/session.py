@@ -1,0 +1,368 @@
+"""The workbench: what a user holds. Edit, inspect, undo, compare, save; it knows no screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.adapters import export_peft, import_peft
+from workbench.compare import compare_prompts, generate_texts
+from workbench.editors import Editor, EditRequest, Proposal, open_editor
+from workbench.errors import EditError
+from workbench.models import LanguageModel, Quantization, open_model
+from workbench.overlay import EditStack, overlay
+from workbench.probes import Probe, suggest
+from workbench.results import Comparison, EditTrace, trace_of
+from workbench.sessionfile import SavedEdit, read_session, write_session
+from workbench.updates import Update
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One edit: what was asked, the update that carries it out, and how it was made.
+
+    Args:
+        id: Number within its workbench.
+        requests: What the model should say; several for `edit_many`, none for an adapter.
+        update: The change of weights, at full strength.
+        seconds: How long making the update took.
+        lm: The model it was made for.
+        origin: The editor's proposal, or the trace that a saved session kept; None for an adapter.
+    """
+
+    id: int
+    requests: tuple[EditRequest, ...]
+    update: Update
+    seconds: float
+    lm: LanguageModel
+    origin: Proposal | EditTrace | None = None
+
+    @cached_property
+    def trace(self) -> EditTrace | None:
+        """The factors' norms and cosines, worked out when first looked at; None for an adapter."""
+        if isinstance(self.origin, Proposal):
+            return trace_of(self.lm, self.requests, self.origin)
+        return self.origin
+
+    @property
+    def title(self) -> str:
+        """The edit in a line."""
+        if not self.requests:
+            return "imported adapter"
+        first = self.requests[0]
+        more = f" and {len(self.requests) - 1} more" if len(self.requests) > 1 else ""
+        return f"{first.prompt} → {first.target}{more}"
+
+    def to_peft(self, folder: str | Path) -> Path:
+        """Write the edit as a PEFT LoRA adapter folder."""
+        return export_peft(self.update, self.lm, folder, note=self.title)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One live edit: its id, its title, whether it is on, and how strongly."""
+
+    id: int
+    title: str
+    enabled: bool
+    strength: float
+
+
+class Workbench:
+    """A frozen model, an editor, and one user's live edits.
+
+    Args:
+        lm: The model; may be shared with other workbenches.
+        editor: Turns requests into updates; may be shared too.
+    """
+
+    def __init__(self, lm: LanguageModel, editor: Editor) -> None:
+        self.lm, self.editor = lm, editor
+        self._stack = EditStack()
+        self._edits: dict[int, Edit] = {}
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | None = None,
+        *,
+        editor: str | Path | None = None,
+        device: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        quantize: Quantization | None = None,
+        progress: bool = True,
+    ) -> Workbench:
+        """Open a model and an editor.
+
+        Args:
+            model: Hub id, folder or GGUF file; None: the embedded default.
+            editor: A trained editor's folder, or "ft"; None: the default model's trained editor,
+                fine-tuning for other models.
+            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+            dtype: Of the weights; None: float32 on CPU, bfloat16 on CUDA.
+            quantize: None, "8bit" or "4bit" (bitsandbytes).
+            progress: Show a bar while the default model is unpacked for the first time.
+
+        Raises:
+            ModelError: The model cannot be opened or edited.
+            EditorError: The editor cannot be opened or does not fit the model.
+        """
+        lm = open_model(model, device=device, dtype=dtype, quantize=quantize, progress=progress)
+        return cls(lm, open_editor(editor, lm))
+
+    def fork(self) -> Workbench:
+        """Another user's workbench over the same model and editor, without this one's edits."""
+        return Workbench(self.lm, self.editor)
+
+    def __repr__(self) -> str:
+        live = sum(entry.enabled for entry in self.history)
+        return f"Workbench({self.lm.source}, editor={self.editor.name}, live edits={live})"
+
+    # Making edits
+
+    def edit(self, prompt: str, target: str) -> Edit:
+        """Make the model say `target` after `prompt`; the edit acts at once.
+
+        Args:
+            prompt: What the model reads, e.g. "The capital of France is".
+            target: What it should say next, e.g. "Lyon".
+
+        Raises:
+            EditError: The request cannot be carried out; nothing has changed.
+        """
+        return self.edit_many([(prompt, target)])
+
+    def edit_many(self, requests: Sequence[tuple[str, str] | EditRequest]) -> Edit:
+        """Carry out several requests in one update (the paper's batched edits).
+
+        Args:
+            requests: Pairs (prompt, target).
+
+        Raises:
+            EditError: A request cannot be carried out; nothing has changed.
+        """
+        asked = tuple(EditRequest(*r) if isinstance(r, tuple) else r for r in requests)
+        start = time.perf_counter()
+        proposal = self.editor.propose(asked)
+        seconds = time.perf_counter() - start
+        if not proposal.update.is_finite():
+            raise EditError(
+                "The editor gave numbers that are not finite; nothing was changed. The editor may "
+                "not fit this model: open the one trained for it, or use editor='ft'."
+            )
+        return self._push(asked, proposal.update, seconds, proposal)
+
+    def add_peft(self, folder: str | Path) -> Edit:
+        """Take a PEFT LoRA adapter folder in as an edit."""
+        start = time.perf_counter()
+        update = import_peft(folder, self.lm)
+        return self._push((), update, time.perf_counter() - start, None)
+
+    def _push(
+        self,
+        requests: tuple[EditRequest, ...],
+        update: Update,
+        seconds: float,
+        origin: Proposal | EditTrace | None,
+    ) -> Edit:
+        edit = Edit(max(self._edits, default=0) + 1, requests, update, seconds, self.lm, origin)
+        self._stack.push(edit.id, update)
+        self._edits[edit.id] = edit
+        return edit
+
+    # The history
+
+    @property
+    def history(self) -> tuple[HistoryEntry, ...]:
+        """The live edits, oldest first."""
+        return tuple(
+            HistoryEntry(e.id, self._edits[e.id].title, e.enabled, e.strength)
+            for e in self._stack.entries
+        )
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits of the present state, oldest first, whether on or off."""
+        return tuple(self._edits[entry.id] for entry in self._stack.entries)
+
+    @property
+    def can_undo(self) -> bool:
+        return self._stack.can_undo
+
+    @property
+    def can_redo(self) -> bool:
+        return self._stack.can_redo
+
+    def undo(self) -> None:
+        """Take the last action back exactly, whether it was an edit, a toggle or a strength."""
+        self._stack.undo()
+
+    def redo(self) -> None:
+        """Do again what was undone last."""
+        self._stack.redo()
+
+    def remove(self, id: int) -> None:
+        """Drop one edit, wherever it stands in the history."""
+        self._stack.remove(id)
+
+    def toggle(self, id: int) -> bool:
+        """Switch one edit off, or on again; returns whether it is now on."""
+        return self._stack.toggle(id)
+
+    def strength(self, id: int, value: float) -> None:
+        """Set how strongly one edit acts: 1 as made, 0 not at all."""
+        self._stack.strength(id, value)
+
+    def reset(self) -> None:
+        """Drop every edit (undo brings them back)."""
+        self._stack.clear()
+
+    def get(self, id: int) -> Edit:
+        """The live edit with that id.
+
+        Raises:
+            EditError: There is none.
+        """
+        for edit in self.edits:
+            if edit.id == id:
+                return edit
+        known = ", ".join(str(edit.id) for edit in self.edits) or "none"
+        raise EditError(f"There is no edit {id!r}. Edits at hand: {known}.")
+
+    # Looking
+
+    @property
+    def update(self) -> Update:
+        """The sum of all live edits."""
+        return self._stack.combined()
+
+    @contextmanager
+    def applied(self) -> Iterator[torch.nn.Module]:
+        """The edited model, inside a `with`: any transformers code may run it."""
+        with overlay(self.lm.model, self.update):
+            yield self.lm.model
+
+    def inspect(self, edit: Edit | int) -> EditTrace:
+        """Why an edit does what it does: factors before and after the editor, layer by layer.
+
+        Raises:
+            EditError: The edit is unknown, or an imported adapter, which has no factors.
+        """
+        found = self.get(edit) if isinstance(edit, int) else edit
+        if found.trace is None:
+            raise EditError(f"Edit {found.id} was imported as an adapter: it has no factors.")
+        return found.trace
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        edited: bool = True,
+        max_new_tokens: int = 16,
+        **options: Any,
+    ) -> list[str]:
+        """Continue prompts, greedily unless options say otherwise.
+
+        Args:
+            prompts: One or several.
+            edited: With all live edits; False: the base model.
+            max_new_tokens: Length of the continuation.
+            options: For transformers' `generate`.
+
+        Returns:
+            The continuations, without the prompts.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        with overlay(self.lm.model, self.update if edited else None):
+            return generate_texts(self.lm, texts, max_new_tokens, **options)
+
+    def compare(
+        self,
+        prompts: str | Sequence[str | Probe],
+        *,
+        target: str | None = None,
+        max_new_tokens: int = 12,
+    ) -> Comparison:
+        """Base and edited text, and the target's probability under both, in one pass for both.
+
+        Args:
+            prompts: Texts, or probes, which bring their own kind and target.
+            target: Whose probability to give for plain texts; None: the last edit's target.
+            max_new_tokens: Length of the continuations.
+        """
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        if target is None:
+            requests = [r for edit in self.edits for r in edit.requests]
+            target = requests[-1].target if requests else None
+        probes = [Probe(p, "other", target) if isinstance(p, str) else p for p in listed]
+        return compare_prompts(self.lm, self.update, probes, max_new_tokens)
+
+    def suggest(self, prompt: str, target: str) -> tuple[Probe, ...]:
+        """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones."""
+        return suggest(prompt, target)
+
+    def probe(self, edit: Edit | int, *, max_new_tokens: int = 8) -> Comparison:
+        """What an edit changed and what it should not have: its suggested prompts, compared.
+
+        Runs with all live edits, the edit in question among them.
+        """
+        found = self.get(edit) if isinstance(edit, int) else edit
+        if not found.requests:
+            raise EditError(f"Edit {found.id} was imported as an adapter: it names no prompt.")
+        probes = [p for r in found.requests for p in suggest(r.prompt, r.target)]
+        return self.compare(probes, max_new_tokens=max_new_tokens)
+
+    # Files
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the session into a folder: its live edits and their updates."""
+        edits = [
+            SavedEdit(
+                edit.requests, edit.update, edit.trace, edit.seconds, entry.enabled, entry.strength
+            )
+            for edit, entry in zip(self.edits, self._stack.entries, strict=True)
+        ]
+        return write_session(folder, self.lm, self.editor, edits)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, workbench: Workbench | None = None, **options: Any
+    ) -> Workbench:
+        """Open a saved session.
+
+        Args:
+            folder: Written by `save`.
+            workbench: Take model and editor from this one, instead of opening them anew.
+            options: For `Workbench.open`.
+
+        Raises:
+            EditError: No readable session there, or it was made over another model.
+        """
+        saved = read_session(folder)
+        bench = (
+            workbench.fork() if workbench else cls.open(saved.model, editor=saved.editor, **options)
+        )
+        saved.check(bench.lm)
+        for item in saved.edits:
+            edit = bench._push(
+                item.requests, item.update.to(bench.lm.device), item.seconds, item.trace
+            )
+            if not item.enabled:
+                bench.toggle(edit.id)
+            if item.strength != 1.0:
+                bench.strength(edit.id, item.strength)
+        return bench
+
+    def to_peft(self, folder: str | Path) -> Path:
+        """Write all live edits together as one PEFT LoRA adapter folder."""
+        if not self.update:
+            raise EditError("There is no live edit to export: make one, or switch one on.")
+        titles = "; ".join(entry.title for entry in self.history if entry.enabled)
+        return export_peft(self.update, self.lm, folder, note=titles)

@@ -1,0 +1,148 @@
+"""Sessions on disk: `session.json` says what was asked, `updates.safetensors` holds the factors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.editors import Editor, EditRequest
+from workbench.errors import EditError
+from workbench.files import read_tensors, write_tensors, write_text
+from workbench.models import LanguageModel
+from workbench.results import EditTrace, LayerTrace, as_json
+from workbench.updates import LayerUpdate, Update
+
+_FILE = "session.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedEdit:
+    """One edit of a session as it is kept: what was asked, its update, how it stands."""
+
+    requests: tuple[EditRequest, ...]
+    update: Update
+    trace: EditTrace | None
+    seconds: float
+    enabled: bool
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class SavedSession:
+    """A session as read back: model, editor, and edits, oldest first."""
+
+    model: str
+    editor: str
+    fingerprint: str
+    edits: tuple[SavedEdit, ...]
+
+    def check(self, lm: LanguageModel) -> None:
+        """Refuse a model whose weights are not those the session was made over."""
+        if lm.fingerprint() != self.fingerprint:
+            raise EditError(
+                f"This session was made over {self.model} with weights {self.fingerprint}; the "
+                f"model that is open, {lm.source}, has weights {lm.fingerprint()}. Open the first."
+            )
+
+
+def write_session(
+    folder: str | Path, lm: LanguageModel, editor: Editor, edits: Sequence[SavedEdit]
+) -> Path:
+    """Write live edits into a folder: one safetensors file with everything, one JSON to be read.
+
+    Args:
+        folder: Made if it is not there.
+        lm: The model the edits were made for.
+        editor: What made them.
+        edits: Oldest first.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    listed = []
+    for place, edit in enumerate(edits):
+        for name, layer in edit.update.items():
+            tensors[f"{place}.A.{name}"] = layer.A.contiguous()
+            tensors[f"{place}.B.{name}"] = layer.B.contiguous()
+            tensors[f"{place}.scale.{name}"] = torch.tensor(float(layer.scale), dtype=torch.float64)
+        listed.append(
+            {
+                "requests": as_json(edit.requests),
+                "enabled": edit.enabled,
+                "strength": edit.strength,
+                "seconds": edit.seconds,
+                "trace": as_json(edit.trace),
+            }
+        )
+    about = {
+        "model": lm.source,
+        "fingerprint": lm.fingerprint(),
+        "editor": str(getattr(editor, "folder", editor.name)),
+        "edits": listed,
+    }
+    text = json.dumps(about, ensure_ascii=False, indent=1)
+    write_tensors(folder / _FILE, tensors, {"about": text})
+    write_text(folder / "session.json", text + "\n")
+    return folder
+
+
+def read_session(folder: str | Path) -> SavedSession:
+    """Read a session back.
+
+    Raises:
+        EditError: The folder holds no session that this version can read.
+    """
+    path = Path(folder) / _FILE
+    tensors, metadata = read_tensors(path, EditError)
+    try:
+        about = json.loads(metadata["about"])
+        edits = tuple(_edit(place, item, tensors) for place, item in enumerate(about["edits"]))
+        return SavedSession(about["model"], about["editor"], about["fingerprint"], edits)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EditError(
+            f"{path} holds no session that this version can read ({error!r})."
+        ) from None
+
+
+def _edit(place: int, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> SavedEdit:
+    prefix = f"{place}.A."
+    names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+    update = Update(
+        {
+            name: LayerUpdate(
+                tensors[f"{place}.A.{name}"],
+                tensors[f"{place}.B.{name}"],
+                tensors[f"{place}.scale.{name}"].item(),
+            )
+            for name in names
+        }
+    )
+    return SavedEdit(
+        tuple(EditRequest(**request) for request in item["requests"]),
+        update,
+        _trace(item["trace"]),
+        float(item["seconds"]),
+        bool(item["enabled"]),
+        float(item["strength"]),
+    )
+
+
+def _trace(item: dict[str, Any] | None) -> EditTrace | None:
+    if item is None:
+        return None
+    layers: list[dict[str, Any]] = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()}
+        for layer in item["layers"]
+    ]
+    requests = tuple(EditRequest(**request) for request in item["requests"])
+    return EditTrace(
+        requests,
+        tuple(item["tokens"]),
+        tuple(item["predicts"]),
+        tuple(LayerTrace(**layer) for layer in layers),
+    )

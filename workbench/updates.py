@@ -1,0 +1,250 @@
+"""Updates: changes of weights as low-rank factors, with an algebra; no model is touched here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.errors import EditError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUpdate:
+    """A change of one weight matrix, `dW = scale * B^T A` (out x in), applied as `W + dW`.
+
+    Args:
+        A: Input-side factor, `(..., rank, in)`; for MEND the pseudoactivations.
+        B: Output-side factor, `(..., rank, out)`; for MEND the pseudodeltas.
+        scale: Signed step, a float or a 0-d tensor; for MEND minus the layer's `edit_lr`.
+
+    A leading axis, where there is one, holds a different update for each sequence of a batch.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.shape[:-1] != self.B.shape[:-1] or self.A.dim() not in (2, 3):
+            raise EditError(
+                f"The factors of an update must share their leading axes, (rank, in) and "
+                f"(rank, out) or (batch, rank, in) and (batch, rank, out); got A "
+                f"{tuple(self.A.shape)} and B {tuple(self.B.shape)}."
+            )
+
+    @classmethod
+    def from_dense(cls, delta_weight: Tensor) -> LayerUpdate:
+        """Hold a dense change exactly, with an identity as the factor of the smaller side.
+
+        Args:
+            delta_weight: `(out, in)`.
+        """
+        out_features, in_features = delta_weight.shape
+        if in_features <= out_features:
+            return cls(torch.eye(in_features).to(delta_weight), delta_weight.T.contiguous())
+        return cls(delta_weight, torch.eye(out_features).to(delta_weight))
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-1 terms; the matrix rank can be lower."""
+        return self.A.shape[-2]
+
+    def dense(self) -> Tensor:
+        """The change as a matrix, `(..., out, in)`."""
+        return self.scale * (self.B.mT @ self.A)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm, `(...)`; exact where terms cancel, which Gram matrices are not."""
+        return torch.linalg.matrix_norm(self._core()[2]).float()
+
+    def _core(self) -> tuple[Tensor, Tensor, Tensor]:
+        # dW = scale * Q_b (R_b R_a^T) Q_a^T: the spectrum is that of a rank x rank matrix.
+        q_a, r_a = torch.linalg.qr(self.A.double().mT)
+        q_b, r_b = torch.linalg.qr(self.B.double().mT)
+        return q_a, q_b, self.scale * (r_b @ r_a.mT)
+
+    def spectrum(self) -> Tensor:
+        """Singular values, largest first, `(..., min(rank, in, out))`."""
+        return torch.linalg.svdvals(self._core()[2]).float()
+
+    def compress(self, rank: int) -> LayerUpdate:
+        """The nearest update of at most `rank` terms (truncated SVD, Eckart-Young).
+
+        Raises:
+            EditError: `rank` is below 1.
+        """
+        if rank < 1:
+            raise EditError(f"An update is compressed to at least 1 term a layer; got {rank}.")
+        q_a, q_b, core = self._core()
+        left, values, right = torch.linalg.svd(core, full_matrices=False)
+        root = values[..., :rank].sqrt().unsqueeze(-1)
+        return LayerUpdate(
+            (root * (right[..., :rank, :] @ q_a.mT)).to(self.A.dtype),
+            (root * (q_b @ left[..., :rank]).mT).to(self.B.dtype),
+        )
+
+    def __mul__(self, factor: float) -> LayerUpdate:
+        return LayerUpdate(self.A, self.B, self.scale * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LayerUpdate:
+        return self * -1.0
+
+    def folded(self) -> LayerUpdate:
+        """The same change with scale 1: the step multiplied into the narrower factor."""
+        if isinstance(self.scale, float) and self.scale == 1.0:
+            return self
+        if self.A.shape[-1] <= self.B.shape[-1]:
+            return LayerUpdate(self.A * self.scale, self.B)
+        return LayerUpdate(self.A, self.B * self.scale)
+
+    @classmethod
+    def sum(cls, layers: Sequence[LayerUpdate]) -> LayerUpdate:
+        """The sum of several changes of one matrix: their factors side by side.
+
+        Raises:
+            EditError: They belong to matrices of other shapes, or to batches of other sizes.
+        """
+        if len(layers) == 1:
+            return layers[0]
+        shapes = {(*layer.A.shape[:-2], layer.B.shape[-1], layer.A.shape[-1]) for layer in layers}
+        if len(shapes) > 1:
+            raise EditError(
+                f"Changes of shapes {sorted(shapes)} do not add up: (out, in), after the number "
+                f"of sequences if there is one, must agree. Add updates of one model and batch."
+            )
+        folded = [layer.folded() for layer in layers]
+        return cls(
+            torch.cat([layer.A for layer in folded], -2),
+            torch.cat([layer.B for layer in folded], -2),
+        )
+
+    def __add__(self, other: LayerUpdate) -> LayerUpdate:
+        return LayerUpdate.sum((self, other))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerUpdate:
+        """Apply a function to both factors (a move to a device, a dtype, a slice)."""
+        scale = function(self.scale) if isinstance(self.scale, Tensor) else self.scale
+        return LayerUpdate(function(self.A), function(self.B), scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Update(Mapping[str, LayerUpdate]):
+    """An immutable change of a model: layer name -> `LayerUpdate`, with `+`, `-`, `*`.
+
+    A low-rank update is a LoRA adapter; see `workbench.adapters` for PEFT folders.
+    """
+
+    layers: Mapping[str, LayerUpdate]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", dict(self.layers))
+
+    def __getitem__(self, name: str) -> LayerUpdate:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    def sum(cls, updates: Iterable[Update]) -> Update:
+        """The sum of several updates, concatenated once a layer; empty for none."""
+        by_name: dict[str, list[LayerUpdate]] = {}
+        for update in updates:
+            for name, layer in update.items():
+                by_name.setdefault(name, []).append(layer)
+        return cls({name: LayerUpdate.sum(layers) for name, layers in by_name.items()})
+
+    def __add__(self, other: Update) -> Update:
+        return Update.sum((self, other))
+
+    def __mul__(self, factor: float) -> Update:
+        return Update({name: layer * factor for name, layer in self.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Update:
+        return self * -1.0
+
+    def __sub__(self, other: Update) -> Update:
+        return self + (-other)
+
+    def norm(self) -> float:
+        """Frobenius norm over all layers together."""
+        return sum(float(layer.norm()) ** 2 for layer in self.values()) ** 0.5
+
+    def rank(self) -> dict[str, int]:
+        """Rank-1 terms of each layer."""
+        return {name: layer.rank for name, layer in self.items()}
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """Singular values of each layer, largest first."""
+        return {name: layer.spectrum() for name, layer in self.items()}
+
+    def compress(self, rank: int) -> Update:
+        """The nearest update of at most `rank` terms a layer."""
+        return Update({name: layer.compress(rank) for name, layer in self.items()})
+
+    def dense(self) -> dict[str, Tensor]:
+        """Each layer's change as an `(out, in)` matrix."""
+        return {name: layer.dense() for name, layer in self.items()}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Update:
+        """Apply a function to every factor."""
+        return Update({name: layer.map(function) for name, layer in self.items()})
+
+    def to(self, *args, **kwargs) -> Update:
+        """Move or cast every factor, as `torch.Tensor.to` does."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def detach(self) -> Update:
+        """The same numbers, cut from any autograd graph."""
+        return self.map(Tensor.detach)
+
+    def is_finite(self) -> bool:
+        """Whether no factor or scale holds NaN or infinity."""
+        return all(
+            bool(torch.as_tensor(part).isfinite().all())
+            for layer in self.values()
+            for part in (layer.A, layer.B, layer.scale)
+        )
+
+    def numbers(self) -> int:
+        """How many numbers the factors hold: `rank * (in + out)` a layer."""
+        return sum(layer.A.numel() + layer.B.numel() for layer in self.values())
+
+
+def stack_sequences(updates: Sequence[Update | None]) -> Update:
+    """One update whose leading axis gives each sequence of a batch its own change.
+
+    Args:
+        updates: One unbatched update a sequence, or None for the base model. Ranks may differ:
+            shorter ones are padded with zero terms, which change nothing.
+
+    Raises:
+        EditError: Every entry is None, so that no shapes are known.
+    """
+    names = dict.fromkeys(name for update in updates if update for name in update)
+    if not names:
+        raise EditError("None of the sequences has an update; run the model without an overlay.")
+    stacked = {}
+    for name in names:
+        folded = [
+            update[name].folded() if update and name in update else None for update in updates
+        ]
+        model = next(layer for layer in folded if layer is not None)
+        rank = max(layer.rank for layer in folded if layer is not None)
+        A = model.A.new_zeros(len(updates), rank, model.A.shape[-1])
+        B = model.B.new_zeros(len(updates), rank, model.B.shape[-1])
+        for row, layer in enumerate(folded):
+            if layer is not None:
+                A[row, : layer.rank], B[row, : layer.rank] = layer.A, layer.B
+        stacked[name] = LayerUpdate(A, B)
+    return Update(stacked)

@@ -1,0 +1,301 @@
+"""Views of a model: shallow copies sharing all parameters, to start higher or give fewer logits."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from workbench.encoding import Batch, Tokens, collate
+from workbench.errors import EditError, ModelError
+from workbench.layers import EditableLayer, Stack
+from workbench.models import LanguageModel
+
+# Where logits are wanted in this thread's forward pass: rows and columns of the hidden states.
+_positions: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar(
+    "workbench_positions", default=None
+)
+
+
+class _SelectedHead(nn.Module):
+    """The output head, computed at the wanted positions only: (b, t, d) -> (1, n, vocabulary)."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        positions = _positions.get()
+        return self.head(hidden if positions is None else _at(hidden, *positions).unsqueeze(0))
+
+
+class _Standin(nn.Module):
+    """Replaces a block in a view; what else a model's forward reads of the block is the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = (block,)  # no submodule: its parameters stay out of the view's
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_block"][0], name)
+
+
+class _Skip(_Standin):
+    """Stands in for a block below the start of a view and hands hidden states on.
+
+    Blocks that return a tuple share its other members with the blocks above (T5's first block
+    computes the position bias that all others read), so there the first block still runs.
+    """
+
+    def __init__(self, block: nn.Module, state: _TrunkState, *, first: bool, last: bool) -> None:
+        super().__init__(block)
+        self._state, self._first, self._last = state, first, last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._first and self._state.tuples:
+            with torch.no_grad():
+                self._state.extras = self._block[0](hidden_states, *args, **kwargs)[1:]
+        hidden = self._state.hidden if self._last else hidden_states
+        return (hidden, *self._state.extras) if self._state.tuples else hidden
+
+
+class _StopAfter(_Standin):
+    """Runs a block, then ends the whole forward pass with what the block gave."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached(self._block[0](*args, **kwargs))
+
+
+class _Reached(Exception):
+    def __init__(self, output: Any) -> None:
+        super().__init__("the wanted block was reached")
+        self.output = output
+
+
+@dataclass
+class _TrunkState:
+    hidden: Tensor | None = None
+    tuples: bool = False
+    extras: tuple[Any, ...] = ()
+
+
+class Trunk:
+    """A model cut in two: the constant part below the edited blocks, and the part above.
+
+    Training an editor never changes the lower part's output, nor the base model's last hidden
+    states, so both can be computed once for each text and kept.
+
+    Args:
+        lm: The frozen model.
+        layers: The layers that edits change.
+    """
+
+    def __init__(self, lm: LanguageModel, layers: Sequence[EditableLayer]) -> None:
+        self._lm, self._state = lm, _TrunkState()
+        first, last = lm.stacks[0], lm.stacks[-1]
+        edited = [layer.block for layer in layers if layer.stack == first.name]
+        self.start = min(edited, default=len(first.blocks))
+        below = self._skips(first, self.start)
+        stop = {f"{last.path}.{len(last.blocks) - 1}": _StopAfter(last.blocks[-1])}
+        everything = {k: v for stack in lm.stacks for k, v in self._skips(stack).items()}
+        self._upper = _shallow(lm.model, below | _head(lm))
+        self._upper_body = _shallow(lm.model, below | stop)
+        self._top = _shallow(lm.model, everything | _head(lm))
+        self._lower = None
+        if self.start:
+            end = first.blocks[self.start - 1]
+            self._lower = _shallow(lm.model, {f"{first.path}.{self.start - 1}": _StopAfter(end)})
+
+    def _skips(self, stack: Stack, end: int | None = None) -> dict[str, nn.Module]:
+        blocks = stack.blocks[:end]
+        return {
+            f"{stack.path}.{i}": _Skip(block, self._state, first=i == 0, last=i == len(blocks) - 1)
+            for i, block in enumerate(blocks)
+        }
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor | None:
+        """Hidden states that enter the upper part, `(batch, tokens, width)`; None if it is all."""
+        return None if self._lower is None else self._run(self._lower, batch)
+
+    @torch.no_grad()
+    def final(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """What `base_logits` needs to give the base model's logits at the target positions.
+
+        Returns:
+            The last block's hidden states, `(n, width)`, before the norm; for a classifier,
+            which may pool any position, the logits themselves, `(n, labels)`.
+        """
+        if self._lm.kind == "classifier":
+            return self.logits(batch, hidden)
+        with self._resumed(hidden):
+            return _at(self._run(self._upper_body, batch), batch.rows, batch.columns)
+
+    def logits(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """Logits at the target positions, `(n, vocabulary)`, resumed from `hidden`."""
+        with self._resumed(hidden):
+            return _at_targets(self._upper, batch, self._lm.kind)
+
+    @torch.no_grad()
+    def base_logits(self, final: Tensor) -> Tensor:
+        """The base model's logits, `(n, vocabulary)`, from what `final` returned."""
+        if self._lm.kind == "classifier":
+            return final
+        n = len(final)
+        ids = torch.zeros(n, 1, dtype=torch.long, device=final.device)
+        inputs = {"input_ids": ids}
+        if self._lm.kind == "seq2seq":
+            inputs["decoder_input_ids"] = ids
+        each = torch.arange(n, device=final.device)
+        with self._resumed(final.unsqueeze(1)):
+            return _at_targets(
+                self._top, Batch(inputs, each, torch.zeros_like(each), each), self._lm.kind
+            )
+
+    def _run(self, view: nn.Module, batch: Batch) -> Tensor:
+        try:
+            view(**batch.inputs)
+        except _Reached as reached:
+            output = reached.output
+            self._state.tuples = isinstance(output, tuple)
+            return output[0] if isinstance(output, tuple) else output
+        raise EditError("The model never ran the block that ends this part of it.")
+
+    @contextmanager
+    def _resumed(self, hidden: Tensor | None) -> Iterator[None]:
+        self._state.hidden = hidden
+        try:
+            yield
+        finally:
+            self._state.hidden, self._state.extras = None, ()
+
+
+class TrunkCache:
+    """What a trunk computes for a text, kept: its hidden states at the cut and its last ones.
+
+    Args:
+        lm: The model, for padding.
+        trunk: The cut model.
+        gigabytes: Memory to hold; the texts kept longest leave first. 0 keeps nothing.
+    """
+
+    def __init__(self, lm: LanguageModel, trunk: Trunk, gigabytes: float) -> None:
+        self._lm, self._trunk = lm, trunk
+        self._kept: OrderedDict[tuple[str, Tokens], Tensor] = OrderedDict()
+        self._bytes, self._limit = 0, int(gigabytes * 2**30)
+
+    def hidden(self, texts: Sequence[Tokens]) -> Tensor | None:
+        """Hidden states at the cut, padded, `(batch, tokens, width)`; None without a lower part."""
+        if not self._trunk.start:
+            return None
+        rows = self._lookup("hidden", texts, self._hidden_rows)
+        padded = rows[0].new_zeros(len(texts), max(map(len, rows)), rows[0].shape[-1])
+        for place, row in zip(padded, rows, strict=True):
+            place[: len(row)] = row
+        return padded
+
+    def finals(self, texts: Sequence[Tokens]) -> Tensor:
+        """What `Trunk.final` gives at the target positions, `(n, width)`."""
+        return torch.cat(self._lookup("final", texts, self._final_rows))
+
+    def _hidden_rows(self, texts: Sequence[Tokens]) -> Iterator[Tensor]:
+        hidden = self._trunk.hidden(collate(self._lm, texts))
+        assert hidden is not None
+        return (row[: len(text.ids)].clone() for row, text in zip(hidden, texts, strict=True))
+
+    def _final_rows(self, texts: Sequence[Tokens]) -> Iterator[Tensor]:
+        final = self._trunk.final(collate(self._lm, texts), self.hidden(texts))
+        return (row.clone() for row in final.split([len(text.targets) for text in texts]))
+
+    def _lookup(
+        self,
+        kind: str,
+        texts: Sequence[Tokens],
+        compute: Callable[[Sequence[Tokens]], Iterator[Tensor]],
+    ) -> list[Tensor]:
+        # Computing may itself look up other things, and so push out what is kept: read it first.
+        found = {text: self._kept[kind, text] for text in texts if (kind, text) in self._kept}
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        for text, value in zip(missing, compute(missing) if missing else (), strict=True):
+            found[text] = self._kept[kind, text] = value
+            self._bytes += value.numel() * value.element_size()
+        while self._bytes > self._limit:
+            _, value = self._kept.popitem(last=False)
+            self._bytes -= value.numel() * value.element_size()
+        return [found[text] for text in texts]
+
+
+def target_logits(lm: LanguageModel, batch: Batch) -> Tensor:
+    """Logits at the batch's target positions only, `(n, vocabulary)`, or `(n, labels)`.
+
+    The output head never sees the other positions, so that no `batch x tokens x vocabulary`
+    tensor is made. Everything after the head (scaling, soft-capping) is the model's own.
+    """
+    if lm not in _selecting:
+        _selecting[lm] = _shallow(lm.model, _head(lm))
+    return _at_targets(_selecting[lm], batch, lm.kind)
+
+
+_selecting: WeakKeyDictionary[LanguageModel, nn.Module] = WeakKeyDictionary()
+
+
+def _at_targets(model: nn.Module, batch: Batch, kind: str) -> Tensor:
+    if kind == "classifier":
+        return model(**batch.inputs).logits[batch.rows]
+    reset = _positions.set((batch.rows, batch.columns))
+    try:
+        return model(**batch.inputs, use_cache=False).logits[0]
+    finally:
+        _positions.reset(reset)
+
+
+def _head(lm: LanguageModel) -> dict[str, nn.Module]:
+    if lm.kind == "classifier":
+        return {}
+    head = lm.model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(lm.model).__name__} does not say which layer is its output head.")
+    return {next(k for k, m in lm.model.named_modules() if m is head): _SelectedHead(head)}
+
+
+def _at(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pick positions, `(b, t, d)` -> `(n, d)`; a split model's hidden states may lie elsewhere."""
+    return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+
+
+def _shallow(root: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `root` with submodules replaced; everything else is shared, nothing is written."""
+    clones: dict[str, nn.Module] = {"": _clone(root)}
+    for path, new in replacements.items():
+        parent = ""
+        for step in path.split(".")[:-1]:
+            child = f"{parent}.{step}".lstrip(".")
+            if child not in clones:
+                clones[child] = _clone(clones[parent]._modules[step])
+                clones[parent]._modules[step] = clones[child]
+            parent = child
+        clones[parent]._modules[path.split(".")[-1]] = new
+    return clones[""]
+
+
+def _clone(module: Any) -> nn.Module:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    # Models split over devices keep their forward on the instance, bound to the original.
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(twin)[name] = MethodType(value.__func__, twin)
+        elif isinstance(value, partial) and any(arg is module for arg in value.args):
+            args = (twin if arg is module else arg for arg in value.args)
+            vars(twin)[name] = partial(value.func, *args, **value.keywords)
+    return twin
