@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from workbench.errors import ModelError
 from workbench.factors import Factors, capture
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel, Quantization, open_model
@@ -105,6 +107,16 @@ def test_each_sequence_has_its_own_update(
         alone = batched.map(lambda factor, row=row: factor[row])
         with overlay(lm.model, alone):
             assert_near(lm, found[row], logits_of(lm.model, inputs)[row])
+
+
+def test_weights_repacked_elsewhere_are_refused(folder: str) -> None:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    model = open_model(folder, device="cpu", quantize="4bit", progress=False)
+    layer: Any = next(m for m in model.model.modules() if isinstance(m, Linear4bit))
+    layer.weight.quant_state.packing_format_for_cpu = True  # as on AVX512-BF16 processors
+    with pytest.raises(ModelError, match="open the model anew"):
+        LanguageModel.wrap(model.model, model.tokenizer)
 
 
 def test_factors_sum_to_the_dense_gradient(

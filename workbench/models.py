@@ -73,7 +73,8 @@ class LanguageModel:
             source: the name to show for it.
 
         Raises:
-            ModelError: the model is of another kind, or the tokenizer has neither token.
+            ModelError: the model is of another kind, the tokenizer has neither token, or the
+                model's 4-bit weights have been repacked.
         """
         kind = _kind_of_model(model)
         model.eval().requires_grad_(False)
@@ -81,6 +82,7 @@ class LanguageModel:
         quantization: Quantization | None = None
         if getattr(model, "is_loaded_in_4bit", False):
             quantization = "4bit"
+            _keep_storage(model)
         elif getattr(model, "is_loaded_in_8bit", False):
             quantization = "8bit"
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_message)
@@ -213,6 +215,25 @@ def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
+
+
+def _keep_storage(model: PreTrainedModel) -> None:
+    """Stop 4-bit layers from repacking W in their first forward pass on AVX512-BF16 processors.
+
+    Repacking writes the weights, and the kernel that reads them has no backward.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ModelError(
+                    "The model has already run on this CPU, where bitsandbytes then repacked its "
+                    "4-bit weights, and packed weights give no gradient: open the model anew with "
+                    'open_model(..., quantize="4bit"), or wrap it before its first use.'
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def _is_no_cast_message(record: logging.LogRecord) -> bool:
