@@ -132,12 +132,21 @@ class _Judge:
         scores.unrelated_kept = kept(base, edited, batch).mean().item()
         scores.drawdown = (accuracy(base, batch) - accuracy(edited, batch)).mean().item()
 
-    def _both(self, tokens: Sequence[Tokens], update: Update) -> tuple[Tensor, Tensor, Batch]:
-        batch = collate(self.lm, tokens)
+    def _both(self, texts: Sequence[Tokens], update: Update) -> tuple[Tensor, Tensor, Batch]:
+        """Logits at the texts' targets before and after, and where they belong."""
+        # Answers of one token to the same prompt read the same input: it runs once.
+        shared = {(text.ids, text.targets[:-1]): text for text in texts}
+        batch = collate(self.lm, list(shared.values()))
         hidden = self.trunk.hidden(batch)
         with torch.no_grad():
             base = self.trunk.logits(batch, hidden)
-        return base, self._edited(batch, hidden, update), batch
+        edited = self._edited(batch, hidden, update)
+        each = torch.arange(len(base), device=base.device)
+        spans = dict(
+            zip(shared, each.split([len(t.targets) for t in shared.values()]), strict=True)
+        )
+        places = torch.cat([spans[text.ids, text.targets[:-1]] for text in texts])
+        return base[places], edited[places], collate(self.lm, texts)
 
     def _edited(self, batch: Batch, hidden: Tensor | None, update: Update) -> Tensor:
         with overlay(self.lm.model, update), torch.no_grad():
