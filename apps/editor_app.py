@@ -269,7 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except WorkbenchError as error:
         parser.exit(1, f"{error}\n")
-    launch(build(bench), server_name=options.host, server_port=options.port)
+    try:
+        launch(build(bench), server_name=options.host, server_port=options.port)
+    except OSError as error:
+        parser.exit(1, f"{error}\nGive another port: --port, or PORT=... with make.\n")
 
 
 if __name__ == "__main__":

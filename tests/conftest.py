@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,3 +40,11 @@ def default_model() -> LanguageModel:
     from workbench.models import open_model
 
     return open_model(device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def free_port() -> int:
+    """A port that nothing listens on. (Left to look for one, gradio leaks sockets of busy ones.)"""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,9 @@ def bench(default_model: LanguageModel) -> Workbench:
 
 
 @pytest.fixture(scope="module")
-def url(bench: Workbench) -> Iterator[str]:
+def url(bench: Workbench, free_port: int) -> Iterator[str]:
     app = build(bench)
-    _, url, _ = launch(app, prevent_thread_lock=True, quiet=True)
+    _, url, _ = launch(app, server_port=free_port, prevent_thread_lock=True, quiet=True)
     yield url
     app.close()
 
@@ -254,3 +255,17 @@ def test_the_command_line_says_why_a_model_cannot_be_opened(capsys, tmp_path):
         main(["--model", str(tmp_path / "nothing"), "--device", "cpu"])
     assert stopped.value.code == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named_and_another_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("apps.editor_app.Workbench.open", lambda *_, **__: None)
+    monkeypatch.setattr("apps.editor_app.build", lambda _: gr.Blocks())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit):
+            main(["--port", str(port)])
+    said = capsys.readouterr().err
+    assert str(port) in said
+    assert "--port" in said

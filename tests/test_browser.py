@@ -33,11 +33,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(default_model: LanguageModel) -> Iterator[str]:
+def url(default_model: LanguageModel, free_port: int) -> Iterator[str]:
     torch.set_num_threads(1)
     config = FineTuneConfig(blocks=[18], lr=1e-3, max_steps=20)
     app = build(Workbench(default_model, FineTune(default_model, config)))
-    _, url, _ = launch(app, prevent_thread_lock=True, quiet=True)
+    _, url, _ = launch(app, server_port=free_port, prevent_thread_lock=True, quiet=True)
     yield url
     app.close()
 
