@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from workbench import EditExample, LanguageModel, Statement, Update, Workbench
-from workbench.__main__ import main
 from workbench.editors import open_editor
 from workbench.encoding import Batch
 from workbench.evaluate import EvaluationConfig, evaluate
@@ -98,43 +94,3 @@ def test_an_edit_of_nothing_scores_as_the_base(default_model: LanguageModel) -> 
     assert scores.drawdown == 0
     assert scores.kl_neighborhood == pytest.approx(0, abs=1e-5)
     assert scores.neighborhood_score == scores.neighborhood_score_base == 1
-
-
-def test_evaluate_command_writes_what_it_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out.json"
-    arguments = ["evaluate", "--data", "facts", "--split", "dev", "--limit", "3"]
-    assert main([*arguments, "--editors", "mend", "--json", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert found["settings"]["limit"] == 3
-    mend = found["editors"]["mend"]
-    assert mend["n"] == 3
-    assert {"edit_success", "neighborhood_kept", "unrelated_kept", "seconds_per_edit"} <= set(mend)
-    assert "edit_success" in capsys.readouterr().out
-
-
-def test_edit_command_saves_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session, adapter = tmp_path / "session", tmp_path / "adapter"
-    assert main(["edit", EXAMPLE.prompt, "Lyon", "--save", str(session)]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("[equivalent]") == 2
-    assert shown.count("[unrelated]") == 3
-    assert main(["export", "--session", str(session), "--to-peft", str(adapter)]) == 0
-    assert (adapter / "adapter_config.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["edit", "The capital of France is", ""], "target is empty"),
-        (["evaluate", "--data", "counterfacts:none"], "counterfact"),
-        (["evaluate", "--data", "facts", "--limit", "1", "--editors", "mendd"], "mendd"),
-        (["export", "--session", "nowhere", "--to-peft", "out"], "no file"),
-    ],
-)
-def test_commands_explain_what_is_wrong(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err

@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--limit", type=int, help="most examples of each --data")
     train.add_argument("--out", type=Path, required=True, metavar="DIR")
+    train.add_argument(
+        "--start", metavar="DIR", help="go on from this trained editor, with a new run's settings"
+    )
     train.add_argument("--resume", action="store_true")
     train.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")
     _model(train, editor=False)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from workbench.corpus import SENTENCES
 from workbench.data import Dataset, read, texts
 from workbench.editors import Mend, MendConfig, load_editor, open_editor, save_editor
+from workbench.errors import EditorError
 from workbench.evaluate import EvaluationConfig
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import write_text
@@ -64,10 +65,9 @@ def train(options: argparse.Namespace) -> None:
         validation = list(_read(options.validation_data, "dev", options))
     else:
         validation = [e for spec in options.data for e in _read(spec, "dev", options)]
-    unrelated = texts(options.texts, split=split) if options.texts else list(SENTENCES)
+    unrelated = texts(options.unrelated, split=split) if options.unrelated else list(SENTENCES)
     config = TrainingConfig(**settings_of(TrainingConfig, options))
-    torch.manual_seed(config.seed)
-    editor = Mend(lm, MendConfig(**settings_of(MendConfig, options)))
+    editor = _new_editor(lm, options, config.seed)
     # Spread over the whole file, not its beginning.
     validation = validation[:: max(1, len(validation) // max(1, config.validation))]
     trainer = Trainer(
@@ -77,13 +77,36 @@ def train(options: argparse.Namespace) -> None:
         config,
         options.out,
         validation=validation,
-        card={"data": options.data, "split": options.split, "examples": len(examples)},
+        card={
+            "data": options.data,
+            "split": options.split,
+            "examples": len(examples),
+            "start": dict(editor.card) or None,
+        },
     )
     progress = trainer.run(resume=options.resume)
     print(
         f"{progress.step} steps; best validation loss {progress.best_loss:.4f} at step "
         f"{progress.best_step}; editor in {options.out}"
     )
+
+
+def _new_editor(lm: LanguageModel, options: argparse.Namespace, seed: int) -> Mend:
+    """A fresh editor, or a copy of the one that training starts from."""
+    settings = settings_of(MendConfig, options)
+    if not options.start:
+        torch.manual_seed(seed)
+        return Mend(lm, MendConfig(**settings))
+    editor = load_editor(options.start, lm)
+    if not isinstance(editor, Mend):
+        raise EditorError(f"{options.start} holds a {editor.name!r} editor; --start takes MEND's.")
+    other = {k: v for k, v in settings.items() if getattr(editor.config, k) != v}
+    if other:
+        raise EditorError(
+            f"{options.start} was trained with other editor settings than {other}. Leave them out "
+            f"(--start brings its own), or leave out --start to train a new editor."
+        )
+    return editor
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ class TrainingConfig:
         equivalents: Equivalence samples for each edit: first a paraphrase, then the prompt itself.
         neighbors: Neighbouring prompts for each edit whose answers must not move.
         texts: Unrelated texts for each edit that must not move.
-        text_tokens: Tokens read of an unrelated text; the last four are watched.
+        text_tokens: Tokens read of an unrelated text; every position counts.
         warmup: Steps over which the learning rates rise from 0.
         decay: Share of the steps, at the end, over which they fall to 0.
         seed: Chooses the batches; a step's batch depends on the seed and the step alone.
@@ -87,11 +87,10 @@ class TrainingConfig:
     health_after: int = 300
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "save_every", "validate_every", "equivalents"):
+        counts = ("steps", "batch", "accumulate", "equivalents", "text_tokens")
+        for name in (*counts, "save_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise EditorError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.text_tokens < 6:
-            raise EditorError(f"text_tokens must be at least 6; got {self.text_tokens}.")
         if not 0 <= self.decay <= 1:
             raise EditorError(f"decay is a share of the steps, 0 to 1; got {self.decay}.")
 
@@ -180,8 +179,8 @@ class TextSampler:
             if far and (not self._texts or chooser.random() < 0.5):
                 locality.append(_statement(lm, chooser.choice(far)))
             elif self._texts:
-                length = chooser.randrange(6, config.text_tokens + 1)
-                locality.append(_text(lm, chooser.choice(self._texts), length))
+                text = chooser.choice(self._texts)
+                locality.append(tokenize_text(lm, text, config.text_tokens))
         return EditTexts(
             tokenize(lm, example.prompt, example.target),
             tuple(tokenize(lm, w, example.target) for w in wordings[: config.equivalents]),
@@ -191,11 +190,6 @@ class TextSampler:
 
 def _statement(lm: LanguageModel, statement: Statement) -> Tokens:
     return tokenize(lm, statement.prompt, statement.answer or "")
-
-
-def _text(lm: LanguageModel, text: str, length: int, watched: int = 4) -> Tokens:
-    tokens = tokenize_text(lm, text, length)
-    return Tokens(tokens.ids, tokens.targets[-watched:])
 
 
 class MetaStep:

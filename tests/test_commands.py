@@ -1,0 +1,94 @@
+"""The commands of `python -m workbench`, as a shell calls them."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, tiny_tokenizer
+
+from workbench.__main__ import main
+
+FRANCE = "The capital of France is"
+SETTINGS = [
+    *("--rank", "4", "--steps", "2", "--batch", "2", "--validation", "2", "--validate-every", "2"),
+    *("--health-after", "0", "--text-tokens", "8", "--lr", "1e-3"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model with one token a character."""
+    folder = tmp_path_factory.mktemp("model")
+    longer = {"max_position_embeddings": 512}
+    partial(FAMILIES["llama"], **longer)().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_training_leaves_an_editor_from_which_training_goes_on(model: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    assert main([*command, "--out", str(first)]) == 0
+    passages = tmp_path / "passages.txt"
+    passages.write_text("The river runs to the sea. " * 30)
+    unrelated = ["--unrelated", f"passages:{passages}"]
+    arguments = [*command, *unrelated, "--start", str(first), "--out", str(second), "--seed", "1"]
+    assert main(arguments) == 0
+    card = json.loads((second / "editor.json").read_text())["card"]
+    assert card["edits_seen"] == 4
+    assert card["start"]["edits_seen"] == 4
+    assert card["start"]["training"]["seed"] == 0
+
+
+def test_a_start_with_other_settings_is_refused(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    assert main([*command, "--out", str(tmp_path / "first")]) == 0
+    other = ["--start", str(tmp_path / "first"), "--rank", "8", "--out", str(tmp_path / "second")]
+    assert main([*command, *other]) == 2
+    assert "{'rank': 8}" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
+def test_evaluate_command_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["evaluate", "--data", "facts", "--split", "dev", "--limit", "3"]
+    assert main([*arguments, "--editors", "mend", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["settings"]["limit"] == 3
+    mend = found["editors"]["mend"]
+    assert mend["n"] == 3
+    assert {"edit_success", "neighborhood_kept", "unrelated_kept", "seconds_per_edit"} <= set(mend)
+    assert "edit_success" in capsys.readouterr().out
+
+
+def test_edit_command_saves_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session, adapter = tmp_path / "session", tmp_path / "adapter"
+    assert main(["edit", FRANCE, "Lyon", "--save", str(session)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("[equivalent]") == 2
+    assert shown.count("[unrelated]") == 3
+    assert main(["export", "--session", str(session), "--to-peft", str(adapter)]) == 0
+    assert (adapter / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", FRANCE, ""], "target is empty"),
+        (["evaluate", "--data", "counterfacts:none"], "counterfact"),
+        (["evaluate", "--data", "facts", "--limit", "1", "--editors", "mendd"], "mendd"),
+        (["export", "--session", "nowhere", "--to-peft", "out"], "no file"),
+    ],
+)
+def test_commands_explain_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
