@@ -133,6 +133,14 @@ def test_the_head_sees_target_positions_only(llama: LanguageModel) -> None:
     assert seen == [(1, len(batch.rows), 32)]
 
 
+def in_threads(work: Callable[[int], None], users: int) -> None:
+    threads = [threading.Thread(target=work, args=(user,)) for user in range(users)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_threads_want_logits_at_their_own_positions(llama: LanguageModel) -> None:
     texts = texts_for(llama)
     batches = [collate(llama, texts[:1]), collate(llama, texts[1:])]
@@ -145,17 +153,35 @@ def test_threads_want_logits_at_their_own_positions(llama: LanguageModel) -> Non
             barrier.wait(timeout=60)
             found[user, turn] = target_logits(llama, batches[user])
 
-    threads = [threading.Thread(target=work, args=(user,)) for user in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, len(batches))
     assert len(found) == 10
     for (user, _), logits in found.items():
         assert torch.equal(logits, expected[user])
 
 
 # --- a model in two parts --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_threads_resume_one_trunk_each_with_its_own_hidden_states(family: str) -> None:
+    lm = language_model(family)
+    trunk = Trunk(lm, cuts(lm)[1])
+    batches = [collate(lm, [text]) for text in texts_for(lm)[:2]]
+    hiddens = [trunk.hidden(batch) for batch in batches]
+    expected = [trunk.logits(*pair) for pair in zip(batches, hiddens, strict=True)]
+    barrier = threading.Barrier(len(batches))
+    found: dict[int, Tensor] = {}
+
+    def work(user: int) -> None:
+        found[user] = trunk.logits(batches[user], hiddens[user])
+
+    def meet(*_: object) -> None:  # both are inside before either resumes
+        barrier.wait(timeout=60)
+
+    handle = lm.model.get_input_embeddings().register_forward_hook(meet)
+    in_threads(work, len(batches))
+    handle.remove()
+    assert [torch.equal(found[user], expected[user]) for user in range(2)] == [True, True]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])

@@ -27,6 +27,18 @@ _positions: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar(
 )
 
 
+@dataclass
+class _Resumed:
+    """What enters the upper part of a model, and what the blocks below share with those above."""
+
+    hidden: Tensor | None
+    extras: tuple[Any, ...] = ()
+
+
+# Where this thread's forward pass through a trunk starts.
+_resumed: ContextVar[_Resumed] = ContextVar("workbench_resumed")
+
+
 class _SelectedHead(nn.Module):
     """The output head, computed at the wanted positions only: (b, t, d) -> (1, n, vocabulary)."""
 
@@ -57,16 +69,17 @@ class _Skip(_Standin):
     computes the position bias that all others read), so there the first block still runs.
     """
 
-    def __init__(self, block: nn.Module, state: _TrunkState, *, first: bool, last: bool) -> None:
+    def __init__(self, block: nn.Module, trunk: Trunk, *, first: bool, last: bool) -> None:
         super().__init__(block)
-        self._state, self._first, self._last = state, first, last
+        self._trunk, self._first, self._last = trunk, first, last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._first and self._state.tuples:
+        resumed = _resumed.get()
+        if self._first and self._trunk.tuples:
             with torch.no_grad():
-                self._state.extras = self._block[0](hidden_states, *args, **kwargs)[1:]
-        hidden = self._state.hidden if self._last else hidden_states
-        return (hidden, *self._state.extras) if self._state.tuples else hidden
+                resumed.extras = self._block[0](hidden_states, *args, **kwargs)[1:]
+        hidden = resumed.hidden if self._last else hidden_states
+        return (hidden, *resumed.extras) if self._trunk.tuples else hidden
 
 
 class _StopAfter(_Standin):
@@ -82,18 +95,11 @@ class _Reached(Exception):
         self.output = output
 
 
-@dataclass
-class _TrunkState:
-    hidden: Tensor | None = None
-    tuples: bool = False
-    extras: tuple[Any, ...] = ()
-
-
 class Trunk:
     """A model cut in two: the constant part below the edited blocks, and the part above.
 
     Training an editor never changes the lower part's output, nor the base model's last hidden
-    states, so both can be computed once for each text and kept.
+    states, so both can be computed once for each text and kept. Threads may share a trunk.
 
     Args:
         lm: The frozen model.
@@ -101,7 +107,8 @@ class Trunk:
     """
 
     def __init__(self, lm: LanguageModel, layers: Sequence[EditableLayer]) -> None:
-        self._lm, self._state = lm, _TrunkState()
+        self._lm = lm
+        self.tuples = False  # whether blocks return tuples, known once one has run
         first, last = lm.stacks[0], lm.stacks[-1]
         edited = [layer.block for layer in layers if layer.stack == first.name]
         self.start = min(edited, default=len(first.blocks))
@@ -119,7 +126,7 @@ class Trunk:
     def _skips(self, stack: Stack, end: int | None = None) -> dict[str, nn.Module]:
         blocks = stack.blocks[:end]
         return {
-            f"{stack.path}.{i}": _Skip(block, self._state, first=i == 0, last=i == len(blocks) - 1)
+            f"{stack.path}.{i}": _Skip(block, self, first=i == 0, last=i == len(blocks) - 1)
             for i, block in enumerate(blocks)
         }
 
@@ -138,12 +145,12 @@ class Trunk:
         """
         if self._lm.kind == "classifier":
             return self.logits(batch, hidden)
-        with self._resumed(hidden):
+        with _resume(hidden):
             return _at(self._run(self._upper_body, batch), batch.rows, batch.columns)
 
     def logits(self, batch: Batch, hidden: Tensor | None) -> Tensor:
         """Logits at the target positions, `(n, vocabulary)`, resumed from `hidden`."""
-        with self._resumed(hidden):
+        with _resume(hidden):
             return _at_targets(self._upper, batch, self._lm.kind)
 
     @torch.no_grad()
@@ -157,7 +164,7 @@ class Trunk:
         if self._lm.kind == "seq2seq":
             inputs["decoder_input_ids"] = ids
         each = torch.arange(n, device=final.device)
-        with self._resumed(final.unsqueeze(1)):
+        with _resume(final.unsqueeze(1)):
             return _at_targets(
                 self._top, Batch(inputs, each, torch.zeros_like(each), each), self._lm.kind
             )
@@ -167,17 +174,18 @@ class Trunk:
             view(**batch.inputs)
         except _Reached as reached:
             output = reached.output
-            self._state.tuples = isinstance(output, tuple)
+            self.tuples = isinstance(output, tuple)
             return output[0] if isinstance(output, tuple) else output
         raise EditError("The model never ran the block that ends this part of it.")
 
-    @contextmanager
-    def _resumed(self, hidden: Tensor | None) -> Iterator[None]:
-        self._state.hidden = hidden
-        try:
-            yield
-        finally:
-            self._state.hidden, self._state.extras = None, ()
+
+@contextmanager
+def _resume(hidden: Tensor | None) -> Iterator[None]:
+    reset = _resumed.set(_Resumed(hidden))
+    try:
+        yield
+    finally:
+        _resumed.reset(reset)
 
 
 class TrunkCache:
