@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to serve others (127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="(7860)")
     options = parser.parse_args(arguments)
+    try:  # now, not after a model has been opened
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        socket.create_server((options.host, options.port), family=family).close()
+    except (OSError, OverflowError) as error:
+        parser.exit(
+            1,
+            f"The app cannot be served at {options.host}, port {options.port}: {error}\n"
+            "Give another: --host and --port, or HOST=... and PORT=... with make.\n",
+        )
     try:
         bench = Workbench.open(
             options.model,
@@ -269,10 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except WorkbenchError as error:
         parser.exit(1, f"{error}\n")
-    try:
-        launch(build(bench), server_name=options.host, server_port=options.port)
-    except OSError as error:
-        parser.exit(1, f"{error}\nGive another port: --port, or PORT=... with make.\n")
+    launch(build(bench), server_name=options.host, server_port=options.port)
 
 
 if __name__ == "__main__":

@@ -257,15 +257,14 @@ def test_the_command_line_says_why_a_model_cannot_be_opened(capsys, tmp_path):
     assert "nothing" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_named_and_another_asked_for(monkeypatch, capsys):
-    monkeypatch.setattr("apps.editor_app.Workbench.open", lambda *_, **__: None)
-    monkeypatch.setattr("apps.editor_app.build", lambda _: gr.Blocks())
+def test_a_port_in_use_is_named_and_another_asked_for(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stopped:
             main(["--port", str(port)])
+    assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert str(port) in said
     assert "--port" in said
