@@ -19,10 +19,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from gradio import themes
 
-from apps.editor import api, page, tables
+from apps.editor import api, markup, page
 from apps.editor.sessions import Session
 from workbench import Workbench, WorkbenchError
 from workbench.corpus import EXAMPLES
+from workbench.tables import CSS, placeholder
 
 HOURS = 3600
 # The model runs for so many users at once; the others wait in the queue.
@@ -85,13 +86,13 @@ def build(workbench: Workbench) -> gr.Blocks:
         delete_cache=(HOURS, 24 * HOURS),
     ) as app:
         state = gr.State(Session(workbench), time_to_live=24 * HOURS, delete_callback=Session.close)
-        gr.HTML(tables.header(workbench), elem_classes="header", apply_default_css=False)
+        gr.HTML(markup.header(workbench), elem_classes="header", apply_default_css=False)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 form, buttons = _form()
             with gr.Column(scale=4, min_width=320):
                 table = gr.HTML(
-                    tables.placeholder("Choose an example or type an edit, then press Edit."),
+                    placeholder("Choose an example or type an edit, then press Edit."),
                     elem_id="comparison",
                     apply_default_css=False,
                 )
@@ -115,7 +116,7 @@ def build(workbench: Workbench) -> gr.Blocks:
 
         for event in (buttons["edit"].click, form[0].submit, form[1].submit):
             on(event, page.edit, [state, *form], [*screen, *listed])
-        on(buttons["compare"].click, page.compare, [state, *form[:-1]], screen)
+        on(buttons["compare"].click, page.compare, [state, *form], [*screen, *listed])
         for name in ("edit", "compare"):
             buttons[name].click(None, js=_SCROLL, **PRIVATE)
         on(undo.click, page.undo, [state], screen, "multiple")
@@ -174,9 +175,9 @@ def _history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:
     """The list of edits, undo and redo, and what goes to files."""
     gr.Markdown("### Edits")
     history = gr.HTML(
-        tables.history_list((), None),
+        markup.history_list((), None),
         elem_id="history",
-        js_on_load=tables.HISTORY_SCRIPT,
+        js_on_load=markup.HISTORY_SCRIPT,
         apply_default_css=False,
     )
     with gr.Row(elem_classes="tools"):
@@ -237,7 +238,7 @@ def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
         "theme": themes.Base(
             primary_hue="indigo", neutral_hue="slate", font=system, font_mono=mono
         ),
-        "css_paths": [Path(__file__).with_suffix(".css")],
+        "css_paths": [CSS, Path(__file__).with_suffix(".css")],
         "footer_links": ["api", "settings"],
         "run_history": False,
         "show_error": True,

@@ -16,10 +16,17 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from apps.editor import page, tables
-from apps.editor.sessions import MOST_PROMPTS, Session, as_lines, read_form, read_lines
+from apps.editor import markup, page
+from apps.editor.sessions import MOST_PROMPTS, Session
 from apps.editor_app import ENDPOINTS, build, launch, main
-from workbench import Comparison, FineTune, FineTuneConfig, Probe, PromptComparison, Workbench
+from workbench import (
+    Comparison,
+    FineTune,
+    FineTuneConfig,
+    PromptComparison,
+    Workbench,
+    tables,
+)
 from workbench.session import HistoryEntry
 
 if TYPE_CHECKING:
@@ -193,22 +200,6 @@ def test_a_file_that_is_no_session_is_refused(session: Session, tmp_path):
     assert len(session.bench.history) == 1
 
 
-def test_lines_of_prompts_say_what_probes_say():
-    probes = (
-        Probe("The capital of Italy is", "neighbor", "Rome"),
-        Probe("Bees make", "neighbor"),
-    )
-    assert read_lines(as_lines(probes, "neighbor"), "neighbor") == probes
-    assert read_form("p ", "t", "a\n\n b ", "", "c => d", "e")[0] == Probe("p", "edit", "t")
-    assert read_form("p", "t", "a\n\n b ", "", "c => d", "e")[1:] == (
-        Probe("a", "equivalent", "t"),
-        Probe("b", "equivalent", "t"),
-        Probe("c", "unrelated", "d"),
-        Probe("e", "other", "t"),
-    )
-    assert read_form("", "", "", "", "", "") == ()
-
-
 class Page(HTMLParser):
     """Tags and text of a piece of HTML."""
 
@@ -231,7 +222,7 @@ def test_texts_are_shown_as_text():
     entry = HistoryEntry(1, NASTY, True, 1.0)
     for html in (
         tables.comparison_table(Comparison((row,)), NASTY),
-        tables.history_list([entry], 1),
+        markup.history_list([entry], 1),
         tables.placeholder(NASTY),
     ):
         shown = Page(html)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workbench.corpus import EXAMPLES, relations
-from workbench.probes import suggest
+from workbench.probes import Probe, as_lines, read_form, read_lines, suggest
 
 
 def test_gallery_examples_bring_their_own() -> None:
@@ -42,3 +42,19 @@ def test_any_prompt_gets_probes_and_the_same_each_time(prompt: str, target: str)
     assert [probe.kind for probe in probes].count("unrelated") == 3
     assert all(probe.prompt != prompt for probe in probes[1:])
     assert all(probe.made for probe in probes)
+
+
+def test_lines_of_prompts_say_what_probes_say():
+    probes = (
+        Probe("The capital of Italy is", "neighbor", "Rome"),
+        Probe("Bees make", "neighbor"),
+    )
+    assert read_lines(as_lines(probes, "neighbor"), "neighbor") == probes
+    assert read_form("p ", "t", "a\n\n b ", "", "c => d", "e")[0] == Probe("p", "edit", "t")
+    assert read_form("p", "t", "a\n\n b ", "", "c => d", "e")[1:] == (
+        Probe("a", "equivalent", "t"),
+        Probe("b", "equivalent", "t"),
+        Probe("c", "unrelated", "d"),
+        Probe("e", "other", "t"),
+    )
+    assert read_form("", "", "", "", "", "") == ()

@@ -34,7 +34,8 @@ LAYERS = (
     ("editors",),
     ("data", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
     ("compare", "evaluate", "session", "sessionfile"),
-    ("plots",),
+    ("plots", "tables"),
+    ("widgets",),
     ("commands", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

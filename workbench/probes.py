@@ -14,6 +14,8 @@ from workbench.data import EditExample, Statement
 
 T = TypeVar("T")
 KINDS = ("edit", "equivalent", "neighbor", "unrelated", "other")
+LISTED = KINDS[1:]  # beside the edit's own prompt
+_WITH_ANSWER = ("neighbor", "unrelated")
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,35 @@ def _patterns() -> tuple[tuple[Relation, re.Pattern[str]], ...]:
 def _chosen(items: Sequence[T], key: str) -> list[T]:
     """Items in an order that depends on the key alone: the same prompt gets the same probes."""
     return sorted(items, key=lambda item: sha256(f"{key}|{item}".encode()).digest())
+
+
+# Prompts as text: one a line, "prompt => answer" where an answer is to be followed
+
+
+def as_lines(probes: Sequence[Probe], kind: str) -> str:
+    """The prompts of one kind as text."""
+    lines = []
+    for probe in probes:
+        if probe.kind == kind:
+            answer = f" => {probe.target}" if probe.target and kind in _WITH_ANSWER else ""
+            lines.append(" ".join(probe.prompt.splitlines()) + answer)
+    return "\n".join(lines)
+
+
+def read_lines(text: str, kind: str, target: str | None = None) -> tuple[Probe, ...]:
+    """Text as probes; `target` is for the lines that name no answer."""
+    parts = (line.partition(" => ") for line in text.splitlines())
+    return tuple(
+        Probe(prompt.strip(), kind, answer.strip() or target)
+        for prompt, _, answer in parts
+        if prompt.strip()
+    )
+
+
+def read_form(prompt: str, target: str, *lists: str) -> tuple[Probe, ...]:
+    """The probes that the form describes: the edit's own prompt, then the lists of `LISTED`."""
+    wanted = target.strip() or None
+    probes = (Probe(prompt.strip(), "edit", wanted),) if prompt.strip() else ()
+    for kind, text in zip(LISTED, lists, strict=True):
+        probes += read_lines(text, kind, None if kind in _WITH_ANSWER else wanted)
+    return probes

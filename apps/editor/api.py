@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from apps.editor.sessions import Session, guarded, read_lines
+from apps.editor.sessions import Session, guarded
 from workbench import Comparison, WorkbenchError
+from workbench.probes import read_lines
 from workbench.results import as_json
 
 

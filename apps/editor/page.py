@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from apps.editor import tables
-from apps.editor.sessions import LISTED, Session, as_lines, guarded, read_form
-from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError, plots
+from apps.editor import markup
+from apps.editor.sessions import Session, guarded
+from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError, plots, tables
 from workbench.corpus import EXAMPLES
-from workbench.probes import suggest
+from workbench.probes import LISTED, as_lines, read_form, suggest
 
 SESSION_FILE = "session.safetensors"
 MOST_BYTES = 2**31  # of an unpacked session
@@ -49,7 +50,7 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
     return (
         session,
         table,
-        tables.history_list(bench.history, session.shown),
+        markup.history_list(bench.history, session.shown),
         gr.update(interactive=bench.can_undo),
         gr.update(interactive=bench.can_redo),
         gr.update(interactive=bool(bench.update)),
@@ -62,14 +63,14 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
 
 def _inside(session: Session, edit: Edit | None) -> tuple[Any, ...]:
     """The edit's own figures and their title, drawn only when another edit comes into view."""
-    trace = edit.trace if edit else None
-    if trace is session.drawn:
+    if session.drawn == (edit,):
         return (gr.skip(),) * 5
-    session.drawn = trace
+    session.drawn = (edit,)
+    trace = edit.trace if edit else None
     if edit is None or trace is None:
-        return tables.figures_title(edit), None, None, None, None
+        return markup.figures_title(edit), None, None, None, None
     return (
-        tables.figures_title(edit),
+        markup.figures_title(edit),
         plots.factor_panels(trace),
         plots.update_magnitudes(trace),
         plots.update_magnitudes(trace, relative=True),
@@ -92,10 +93,7 @@ def edit(
     """Edit, then compare; lists that were made for another prompt are suggested anew."""
     progress(0.1, desc="Editing")
     made = session.edit(prompt, target)
-    lists, filled = (equivalents, neighbors, unrelated), (gr.skip(),) * 4
-    if listed_for != prompt:
-        lists = _suggested(prompt, target)
-        filled = (*lists, prompt)
+    lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
     session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
     progress(0.4, desc=f"Comparing {len(session.probes)} prompts")
     shown = screen(session, f"edited in {made.seconds:.2f} s, ")
@@ -103,13 +101,23 @@ def edit(
 
 
 @guarded
-def compare(session: Session, prompt: str, target: str, *lists: str) -> tuple[Any, ...]:
+def compare(
+    session: Session,
+    prompt: str,
+    target: str,
+    equivalents: str,
+    neighbors: str,
+    unrelated: str,
+    other: str,
+    listed_for: str,
+) -> tuple[Any, ...]:
     """Compare what the form lists, without a new edit."""
-    probes = read_form(prompt, target, *lists)
+    lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
+    probes = read_form(prompt, target, *lists, other)
     if not probes:
         raise EditError("There is nothing to compare: type a prompt, or choose an example.")
     session.probes = probes
-    return screen(session)
+    return *screen(session), *filled
 
 
 @guarded
@@ -151,17 +159,26 @@ def _show(session: Session, edit: Edit) -> tuple[str, ...]:
     return form(prompt, target, session.probes)
 
 
-def example(index: int) -> tuple[str, ...]:
-    """The form of a gallery example."""
+def example(index: int) -> tuple[Any, ...]:
+    """The form of a gallery example; the user's own prompts stay."""
     chosen = EXAMPLES[index]
-    return form(chosen.prompt, chosen.target, suggest(chosen.prompt, chosen.target))
+    lists = _suggested(chosen.prompt, chosen.target)
+    return chosen.prompt, chosen.target, *lists, gr.skip(), chosen.prompt
 
 
 def relist(prompt: str, target: str, listed_for: str) -> tuple[Any, ...]:
     """Lists for a prompt that was typed, where they were made for another one."""
+    return _lists(prompt, target, ("",) * 3, listed_for)[1]
+
+
+def _lists(
+    prompt: str, target: str, lists: tuple[str, ...], listed_for: str
+) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """The lists to compare, and what to fill in: anew where they were made for another prompt."""
     if prompt == listed_for or not prompt.strip():
-        return (gr.skip(),) * len(LISTED)
-    return *_suggested(prompt, target), prompt
+        return lists, (gr.skip(),) * len(LISTED)
+    lists = _suggested(prompt, target)
+    return lists, (*lists, prompt)
 
 
 def _suggested(prompt: str, target: str) -> tuple[str, ...]:
@@ -198,12 +215,16 @@ def load(session: Session, path: str) -> tuple[Any, ...]:
             info = next(i for i in archive.infolist() if Path(i.filename).name == SESSION_FILE)
             if info.file_size > MOST_BYTES:
                 raise EditError(f"That session unpacks to {info.file_size} bytes: too many.")
-            (folder / SESSION_FILE).write_bytes(archive.read(info))
-    except (StopIteration, zipfile.BadZipFile, OSError):
+            with archive.open(info) as packed, (folder / SESSION_FILE).open("wb") as file:
+                shutil.copyfileobj(packed, file)
+    except (StopIteration, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):
         raise EditError(
             f"{Path(path).name} is no saved session: choose a .zip made by 'Save session'."
         ) from None
-    session.bench = Workbench.load(folder, workbench=session.bench)
+    try:
+        session.bench = Workbench.load(folder, workbench=session.bench)
+    finally:
+        shutil.rmtree(folder)
     session.probes, session.probes_of = (), {}
     filled: tuple[str, ...] = ()
     if session.bench.edits:

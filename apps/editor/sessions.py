@@ -1,4 +1,4 @@
-"""One user's session, and prompts as the lines of text that users write."""
+"""One user's session."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
 
-from workbench import Comparison, Edit, EditError, EditTrace, Probe, Workbench, WorkbenchError
+from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_PROMPTS = 64
-_WITH_ANSWER = ("neighbor", "unrelated")
-LISTED = ("equivalent", "neighbor", "unrelated", "other")
 
 
 class Session:
@@ -37,7 +35,7 @@ class Session:
         self.bench = bench.fork()
         self.lock = threading.RLock()
         self.shown: int | None = None
-        self.drawn: EditTrace | None = None
+        self.drawn: tuple[Edit | None] | None = None  # whose figures are on the screen
         self.probes: tuple[Probe, ...] = ()
         self.probes_of: dict[int, tuple[Probe, ...]] = {}
         self._files: TemporaryDirectory[str] | None = None
@@ -98,35 +96,3 @@ def guarded(
                 raise gr.Error(message, print_exception=False) from error
 
     return run
-
-
-# Prompts as text: one a line, "prompt => answer" where an answer is to be followed
-
-
-def as_lines(probes: Sequence[Probe], kind: str) -> str:
-    """The prompts of one kind as text."""
-    lines = []
-    for probe in probes:
-        if probe.kind == kind:
-            answer = f" => {probe.target}" if probe.target and kind in _WITH_ANSWER else ""
-            lines.append(" ".join(probe.prompt.splitlines()) + answer)
-    return "\n".join(lines)
-
-
-def read_lines(text: str, kind: str, target: str | None = None) -> tuple[Probe, ...]:
-    """Text as probes; `target` is for the lines that name no answer."""
-    parts = (line.partition(" => ") for line in text.splitlines())
-    return tuple(
-        Probe(prompt.strip(), kind, answer.strip() or target)
-        for prompt, _, answer in parts
-        if prompt.strip()
-    )
-
-
-def read_form(prompt: str, target: str, *lists: str) -> tuple[Probe, ...]:
-    """The probes that the form describes: the edit's own prompt, then the lists of `LISTED`."""
-    wanted = target.strip() or None
-    probes = (Probe(prompt.strip(), "edit", wanted),) if prompt.strip() else ()
-    for kind, text in zip(LISTED, lists, strict=True):
-        probes += read_lines(text, kind, None if kind in _WITH_ANSWER else wanted)
-    return probes

@@ -1,4 +1,4 @@
-"""The app's HTML: comparison table, history, header. Every text of a model or a user is escaped."""
+"""Results as HTML for the app and for notebooks; every text of a model or a user is escaped."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from difflib import SequenceMatcher
 from html import escape
+from pathlib import Path
 
-from workbench import Comparison, Edit, PromptComparison, Workbench
 from workbench.plots import KIND_COLORS
-from workbench.session import HistoryEntry
+from workbench.results import Comparison, PromptComparison
 
+CSS = Path(__file__).with_suffix(".css")
 KINDS = {
     "edit": ("The edit", "should now say the target"),
     "equivalent": ("Equivalent prompts", "should say it too"),
@@ -27,58 +28,10 @@ LEGEND = (
     "Each goes from the base model → to the edited one."
 )
 
-# Clicks in the history become one event, `act`, that names the action, the edit and a value.
-HISTORY_SCRIPT = """
-const send = (source, value) => trigger('act', {
-    action: source.dataset.action, id: Number(source.closest('[data-id]').dataset.id), value});
-element.addEventListener('click', event => {
-    const button = event.target.closest('button[data-action]');
-    if (button) send(button, null);
-});
-element.addEventListener('input', event => {
-    event.target.nextElementSibling.textContent = Number(event.target.value).toFixed(2);
-});
-element.addEventListener('change', event => {
-    event.target.setAttribute('value', event.target.value);
-    send(event.target, Number(event.target.value));
-});
-"""
-
-
-def header(bench: Workbench) -> str:
-    """Title, and what is open: model, device, dtype, editor and the blocks it edits."""
-    lm, layers = bench.lm, bench.editor.layers
-    blocks = ", ".join(map(str, sorted({layer.block for layer in layers})))
-    facts = {
-        "model": lm.source,
-        "device": str(lm.device),
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "weights": lm.quantization,
-        "editor": bench.editor.name,
-        "edits": f"{len(layers)} matrices in block{'s' * (',' in blocks)} {blocks}",
-    }
-    items = "".join(
-        f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts.items() if value
-    )
-    return (
-        "<h1>Model-editing workbench</h1><p>Tell the model one thing it should say. See at once "
-        "what changed, what should not have, and why; take it back exactly.</p>"
-        f'<div class="facts">{items}</div>'
-    )
-
 
 def placeholder(text: str) -> str:
     """A line where there is nothing to show yet."""
     return f'<p class="empty">{escape(text)}</p>'
-
-
-def figures_title(edit: Edit | None) -> str:
-    """What the figures are about."""
-    if edit is None:
-        return placeholder("No edit in view: make one to see inside.")
-    if edit.trace is None:
-        return placeholder(f"Edit {edit.id} was imported as an adapter: it has no factors.")
-    return f"<h3>Inside edit {edit.id}: {escape(edit.title)}</h3>"
 
 
 def comparison_table(comparison: Comparison, note: str = "") -> str:
@@ -88,9 +41,10 @@ def comparison_table(comparison: Comparison, note: str = "") -> str:
     body = "".join(_group(kind, rows) for kind, rows in groups if rows)
     counts = "".join(_count(kind, rows) for kind, rows in groups if rows and kind != "other")
     return (
-        f'<div class="counts">{counts}<span class="note">{escape(note)}</span></div>'
+        f'<div class="comparison"><div class="counts" role="status">{counts}'
+        f'<span class="note">{escape(note)}</span></div>'
         f"<table><thead><tr>{head}</tr></thead>{body}</table>"
-        f'<p class="legend">{LEGEND}</p>'
+        f'<p class="legend">{LEGEND}</p></div>'
     )
 
 
@@ -122,7 +76,7 @@ def _row(row: PromptComparison) -> str:
     if row.target is not None:
         chance = (
             f"<q>{escape(row.target)}</q> {_percent(row.base_probability)} → "
-            f"{_percent(row.edited_probability)}"
+            f"{_percent(row.edited_probability)}{_bars(row)}"
         )
     base_free = replace(row, edited_text=row.base_text).free_running
     cells = (
@@ -155,6 +109,13 @@ def _tick(value: bool | None) -> str:
     return '<b class="good">✓</b>' if value else '<b class="bad">✗</b>'
 
 
+def _bars(row: PromptComparison) -> str:
+    """Both probabilities as bars, the base model's above."""
+    widths = (row.base_probability or 0.0, row.edited_probability or 0.0)
+    bars = "".join(f'<i style="width: {width:.1%}"></i>' for width in widths)
+    return f'<span class="bars" aria-hidden="true">{bars}</span>'
+
+
 def _percent(value: float | None) -> str:
     if value is None:
         return "–"
@@ -173,26 +134,3 @@ def _marked(base: str, edited: str) -> tuple[str, str]:
         before += gone if same == "equal" or not gone else f"<del>{gone}</del>"
         after += come if same == "equal" or not come else f"<mark>{come}</mark>"
     return before, after
-
-
-def history_list(entries: Iterable[HistoryEntry], shown: int | None) -> str:
-    """The live edits with a switch, a strength and a way out each; `shown` is the one in view."""
-    rows = "".join(_entry(entry, entry.id == shown) for entry in entries)
-    return rows or placeholder("No edits yet: the model is as it was published.")
-
-
-def _entry(entry: HistoryEntry, shown: bool) -> str:
-    title = escape(entry.title)
-    state = "on" if entry.enabled else "off"
-    return (
-        f'<div class="entry {state}{" shown" if shown else ""}" data-id="{entry.id}">'
-        f'<button class="switch" role="switch" data-action="toggle" aria-checked="'
-        f'{str(entry.enabled).lower()}" aria-label="Edit {entry.id}">{state}</button>'
-        f'<button class="title" data-action="show" title="Show this edit">{entry.id} · {title}'
-        f"</button><label>strength "
-        f'<input type="range" min="0" max="2" step="0.05" value="{entry.strength}" '
-        f'data-action="strength" aria-label="Strength of edit {entry.id}">'
-        f"<output>{entry.strength:.2f}</output></label>"
-        f'<button class="remove" data-action="remove" aria-label="Remove edit {entry.id}">✕'
-        f"</button></div>"
-    )

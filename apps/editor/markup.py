@@ -1,0 +1,84 @@
+"""The app's own HTML: header, history, titles. Every text of a model or a user is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from workbench import Edit, Workbench
+from workbench.session import HistoryEntry
+from workbench.tables import placeholder
+
+# Clicks in the history become one event, `act`, that names the action, the edit and a value.
+HISTORY_SCRIPT = """
+const send = (source, value) => trigger('act', {
+    action: source.dataset.action, id: Number(source.closest('[data-id]').dataset.id), value});
+element.addEventListener('click', event => {
+    const button = event.target.closest('button[data-action]');
+    if (button) send(button, null);
+});
+element.addEventListener('input', event => {
+    event.target.nextElementSibling.textContent = Number(event.target.value).toFixed(2);
+});
+let waiting;  // held keys move a slider in many steps: the last one counts
+element.addEventListener('change', event => {
+    event.target.setAttribute('value', event.target.value);
+    clearTimeout(waiting);
+    waiting = setTimeout(() => send(event.target, Number(event.target.value)), 400);
+});
+"""
+
+
+def header(bench: Workbench) -> str:
+    """Title, and what is open: model, device, dtype, editor and the blocks it edits."""
+    lm, layers = bench.lm, bench.editor.layers
+    blocks = ", ".join(map(str, sorted({layer.block for layer in layers})))
+    facts = {
+        "model": lm.source,
+        "device": str(lm.device),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "weights": lm.quantization,
+        "editor": bench.editor.name,
+        "edits": f"{len(layers)} matrices in block{'s' * (',' in blocks)} {blocks}",
+    }
+    items = "".join(
+        f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts.items() if value
+    )
+    return (
+        "<h1>Model-editing workbench</h1><p>Tell the model one thing it should say. See at once "
+        "what changed, what should not have, and why; take it back exactly.</p>"
+        f'<div class="facts">{items}</div>'
+    )
+
+
+def figures_title(edit: Edit | None) -> str:
+    """What the figures are about."""
+    if edit is None:
+        return placeholder("No edit in view: make one to see inside.")
+    if edit.trace is None:
+        return placeholder(f"Edit {edit.id} was imported as an adapter: it has no factors.")
+    return f"<h3>Inside edit {edit.id}: {escape(edit.title)}</h3>"
+
+
+def history_list(entries: Iterable[HistoryEntry], shown: int | None) -> str:
+    """The live edits with a switch, a strength and a way out each; `shown` is the one in view."""
+    rows = "".join(_entry(entry, entry.id == shown) for entry in entries)
+    return rows or placeholder("No edits yet: the model is as it was published.")
+
+
+def _entry(entry: HistoryEntry, shown: bool) -> str:
+    title = escape(entry.title)
+    state = "on" if entry.enabled else "off"
+    return (
+        f'<div class="entry {state}{" shown" if shown else ""}" data-id="{entry.id}">'
+        f'<button class="switch" role="switch" data-action="toggle" aria-checked="'
+        f'{str(entry.enabled).lower()}" aria-label="Edit {entry.id}">{state}</button>'
+        f'<button class="title" data-action="show" title="Show this edit">{entry.id} · {title}'
+        f"</button><label>strength "
+        f'<input type="range" min="{min(0, entry.strength)}" max="{max(2, entry.strength)}" '
+        f'step="0.05" value="{entry.strength}" '
+        f'data-action="strength" aria-label="Strength of edit {entry.id}">'
+        f"<output>{entry.strength:.2f}</output></label>"
+        f'<button class="remove" data-action="remove" aria-label="Remove edit {entry.id}">✕'
+        f"</button></div>"
+    )
