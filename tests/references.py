@@ -21,6 +21,14 @@ from workbench.updates import LayerUpdate, Update
 torch.set_num_threads(1)  # more threads only cost time on tiny matrices
 
 assert_exact = partial(assert_close, rtol=1e-10, atol=1e-10)  # for float64
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """Equal to float32's rounding, which goes with the largest term of a sum."""
+    size = max(1.0, expected.abs().max().item())
+    assert_close(found, expected, rtol=1e-5, atol=1e-5 * size)
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -92,3 +92,29 @@ def test_commands_explain_what_is_wrong(
 ) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_layers_are_chosen_by_name_or_number(model: str, tmp_path: Path) -> None:
+    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    chosen = ["--matrices", "down_proj", "--blocks=-2", "--out", str(tmp_path)]
+    assert main([*command, *chosen]) == 0
+    about = json.loads((tmp_path / "editor.json").read_text())
+    assert [name.rsplit(".", 1)[-1] for name in about["layers"]] == ["down_proj"]
+
+
+def test_figures_are_packed_however_the_folder_is_named(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor, figures = tmp_path / "editor", tmp_path / "figures.json"
+    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    assert main([*command, "--out", str(editor)]) == 0
+    measured = ["--editors", str(editor), "--limit", "2", "--json", str(figures)]
+    assert main(["evaluate", "--model", model, "--data", "facts", *measured]) == 0
+    pack = ["pack", "--model", model, "--evaluation", str(figures)]
+    other = f"{editor}/../editor"
+    assert main([*pack, "--editor", other, "--out", str(tmp_path / "packed")]) == 0
+    card = json.loads((tmp_path / "packed" / "editor.json").read_text())["card"]
+    assert card["evaluation"]["figures"]["n"] == 2
+    figures.write_text("{}")
+    assert main([*pack, "--editor", other, "--out", str(tmp_path / "no")]) == 2
+    assert "holds no figures of" in capsys.readouterr().err

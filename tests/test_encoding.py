@@ -201,7 +201,8 @@ def test_labels_of_a_classifier() -> None:
     assert tokens.ids == tuple(classifier.tokenizer(claim)["input_ids"])
     assert tokens.targets == (1,)
     assert tokenize(classifier, claim, " REFUTES ").targets == (0,)
-    with pytest.raises(EditError, match="refutes, supports"):
+    assert tokenize(classifier, claim, "false").targets == (0,)  # as the readers name a verdict
+    with pytest.raises(EditError, match=r"'maybe' is no label.*REFUTES, SUPPORTS"):
         tokenize(classifier, claim, "maybe")
 
 

@@ -223,7 +223,7 @@ def test_two_threads_capture_at_the_same_time(llama: LanguageModel) -> None:
     batches = [padded(llama), padded(llama, "left")]
     expected = [captured(llama, inputs) for inputs in batches]
     found: dict[int, dict[str, Factors]] = {}
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
     def work(index: int) -> None:
         with capture(editable(llama)) as tap:

@@ -178,7 +178,7 @@ def test_default_model(default_model):
         for block in (27, 28, 29)
         for name, shape in shapes.items()
     }
-    assert model.fingerprint() == "dc3ee7fe9867a40a"
+    assert model.fingerprint() == "float32:dc3ee7fe9867a40a"
 
 
 def test_default_model_speaks(default_model):

@@ -218,11 +218,13 @@ def test_a_decoder_beside_an_encoder_is_not_told_by_the_prompts_tokens():
     trace = with_tokens(("word", "other"))
     below, above = trace.layers
     above = replace(above, delta_norms=(1.0,))
-    trace = replace(trace, layers=(replace(below, stack="encoder"), above))
+    layers = (replace(below, stack="encoder"), above)
+    trace = replace(trace, layers=layers, answers=("answer",))
     [heat], _ = sent(plots.factor_heatmap(trace, "delta"))
     assert "<b>word</b>" in heat["hovertext"][0][0]
     [hover] = heat["hovertext"][1]
     assert "decoder position 1" in hover
+    assert "predicts <b>answer</b>" in hover
     assert "word" not in hover
 
 

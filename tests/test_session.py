@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from families import language_model
 
-from workbench import EditError, EditorError, LanguageModel, Workbench
-from workbench.editors import FineTune, FineTuneConfig, open_editor
+from workbench import EditError, EditorError, LanguageModel, Workbench, open_model
+from workbench.editors import (
+    FineTune,
+    FineTuneConfig,
+    Mend,
+    MendConfig,
+    open_editor,
+    save_editor,
+)
+from workbench.sessionfile import read_session
 
 FRANCE = "The capital of France is"
 UNRELATED = "The freezing point of water is zero degrees"
@@ -81,7 +91,7 @@ def test_forks_and_threads_do_not_see_each_other(wb: Workbench) -> None:
     forks = [wb.fork() for _ in range(3)]
     targets = ["Lyon", "Rome", "Madrid"]
     found: dict[str, list[str]] = {}
-    barrier = threading.Barrier(3)
+    barrier = threading.Barrier(3, timeout=60)
 
     def work(fork: Workbench, target: str) -> None:
         fork.edit(FRANCE, target)
@@ -165,6 +175,36 @@ def test_save_and_load_is_identity(wb: Workbench, tmp_path: Path) -> None:
         (e.title, e.enabled, e.strength) for e in wb.history
     ]
     assert again.inspect(again.edits[0]) == wb.inspect(one)
+
+
+def test_a_session_opens_its_own_model_and_editor_again(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    lm.model.bfloat16().save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    config = FineTuneConfig(blocks=[1], max_steps=2)
+    opened = open_model(model, device="cpu", dtype="bfloat16")
+    wb = Workbench(opened, FineTune(opened, config))
+    wb.edit("a", "b")
+    again = Workbench.load(wb.save(tmp_path / "session"), device="cpu")
+    assert again.lm.precision == "bfloat16"
+    assert again.editor.settings() == wb.editor.settings()
+    assert torch.equal(logits(again, "a"), logits(wb, "a"))
+
+
+def test_a_session_outlives_its_editor(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    mend = Mend(lm, MendConfig(rank=2, normalize=False))
+    save_editor(mend, tmp_path / "editor", {})
+    wb = Workbench(lm, open_editor(tmp_path / "editor", lm))
+    wb.edit("a", "b")
+    folder = wb.save(tmp_path / "session")
+    saved = read_session(folder)
+    assert isinstance(saved.open_editor(lm), Mend)
+    shutil.rmtree(tmp_path / "editor")
+    with pytest.warns(UserWarning, match="no editor folder"):
+        assert isinstance(saved.open_editor(lm), FineTune)
+    assert torch.equal(logits(Workbench.load(folder, workbench=wb), "a"), logits(wb, "a"))
 
 
 def test_peft_round_trip(wb: Workbench, tmp_path: Path) -> None:

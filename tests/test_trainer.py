@@ -19,7 +19,7 @@ from runs import RUN, editor_for, examples, trainer_for
 from workbench.data import EditExample
 from workbench.editors.base import load_editor
 from workbench.editors.mend import Mend
-from workbench.errors import EditorError
+from workbench.errors import EditError, EditorError
 from workbench.files import read_tensors, write_tensors
 from workbench.trainer import CHECKPOINT, Progress, Trainer
 from workbench.training import EditTexts, StepLosses, TextSampler
@@ -97,7 +97,7 @@ from runs import trainer_for
 
 def say(progress, losses):
     print(progress.step, flush=True)
-    time.sleep(0.05)
+    time.sleep(0.05 if progress.step < 15 else 600)  # the kill comes before the end
 
 trainer_for(Path(sys.argv[1]), on_step=say, **{config}).run(bar=False)
 """
@@ -317,3 +317,48 @@ def test_a_healthy_or_unwatched_run_goes_on(tmp_path: Path, config: dict[str, An
     editor = harmful() if "health_after" in config else None
     trainer = trainer_for(tmp_path, editor=editor, data=ALONE, **(FROZEN | config))
     assert trainer.run(bar=False).step == 12
+
+
+def test_the_last_step_is_looked_at(tmp_path: Path):
+    trainer = trainer_for(tmp_path, validate_every=4)
+    assert [look["step"] for look in trainer.run(bar=False).history] == [4, 6]
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path):
+    trainer = trainer_for(tmp_path)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan
+
+    trainer.editor.edit_lrs.register_hook(spoil)
+    with pytest.raises(EditorError, match="step 1: the gradient is not finite"):
+        trainer.run(bar=False)
+    assert all(parameter.isfinite().all() for parameter in trainer.editor.parameters())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_resumed_run_keeps_or_forgets_its_statistics(tmp_path: Path, reset: bool):
+    trainer_for(tmp_path, on_step=lambda progress, _: progress.step != 3).run(bar=False)
+    rows: list[int] = []
+
+    def count(progress: Progress, losses: StepLosses) -> None:
+        rows.append(sum(network.rows_seen for network in resumed.editor.networks.values()))  # type: ignore[union-attr]
+
+    resumed = trainer_for(tmp_path, on_step=count, reset_statistics=reset)
+    resumed.run(resume=True, bar=False)
+    assert rows == sorted(rows)
+    assert (rows[0] < rows[-1] - rows[0]) == reset
+
+
+def test_a_run_over_other_batches_is_not_resumed(tmp_path: Path):
+    trainer_for(tmp_path, on_step=lambda progress, _: False).run(bar=False)
+    others: list[dict[str, Any]] = [{"batch": 3}, {"seed": 1}, {"accumulate": 2}]
+    for other in others:
+        with pytest.raises(EditorError, match=f"a run with {next(iter(other))}="):
+            trainer_for(tmp_path, **other).run(resume=True, bar=False)
+
+
+def test_an_example_that_cannot_be_read_is_named(tmp_path: Path):
+    long = EditExample(prompt="word " * 200, target="a", id="record-7")
+    with pytest.raises(EditError, match=r"'record-7'.*tokens"):
+        trainer_for(tmp_path, data=[long]).run(bar=False)

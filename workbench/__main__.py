@@ -113,14 +113,22 @@ def _settings(parser: argparse.ArgumentParser) -> None:
                     flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
                 )
             elif field.name in ("blocks", "matrices"):
-                group.add_argument(flag, type=_listed, default=argparse.SUPPRESS, metavar="A,B,C")
+                group.add_argument(
+                    flag,
+                    type=_listed,
+                    default=argparse.SUPPRESS,
+                    metavar="A,B,C",
+                    help=f"negative numbers count from the top: {flag}=-3,-2,-1"
+                    if field.name == "blocks"
+                    else "mlp, attention, all, or names such as down_proj",
+                )
             else:
                 group.add_argument(flag, type=type(default), default=argparse.SUPPRESS)
 
 
 def _listed(text: str) -> Any:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if len(parts) == 1 and not parts[0].lstrip("-").isdigit():
+    if parts in (["mlp"], ["attention"], ["all"]):
         return parts[0]
     return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
 

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -65,6 +66,7 @@ def train(options: argparse.Namespace) -> None:
         validation = list(_read(options.validation_data, "dev", options))
     else:
         validation = [e for spec in options.data for e in _read(spec, "dev", options)]
+        examples = [e for e in examples if e.split != "dev"]  # what is looked at is not learned
     unrelated = texts(options.unrelated, split=split) if options.unrelated else list(SENTENCES)
     config = TrainingConfig(**settings_of(TrainingConfig, options))
     editor = _new_editor(lm, options, config.seed)
@@ -143,15 +145,27 @@ def pack(options: argparse.Namespace) -> None:
     """Write a trained editor for sharing: in float16, with its evaluation in the card."""
     lm = _open(options)
     editor = load_editor(options.editor, lm)
-    results = json.loads(options.evaluation.read_text()) if options.evaluation else None
     card = dict(editor.card)
-    if results:
-        figures = results["editors"][options.editor]
-        card["evaluation"] = {
+    if options.evaluation:
+        card["evaluation"] = _figures(options.evaluation, options.editor)
+    print(f"editor in {save_editor(editor, options.out, card, half=True)}")
+
+
+def _figures(file: Path, editor: str) -> dict[str, Any]:
+    """What `evaluate --json` wrote of one editor, by whatever path it was named."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        named = {Path(name).resolve(): figures for name, figures in results["editors"].items()}
+        figures = named[Path(editor).resolve()]
+        return {
             "settings": results["settings"],
             "figures": {k: v for k, v in figures.items() if k != "settings"},
         }
-    print(f"editor in {save_editor(editor, options.out, card, half=True)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EditorError(
+            f"{file} holds no figures of {editor} ({error!r}): write it with "
+            f"python -m workbench evaluate --editors {editor} --json {file} ..."
+        ) from None
 
 
 def export(options: argparse.Namespace) -> None:

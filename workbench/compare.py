@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from workbench.encoding import collate, tokenize
+from workbench.encoding import Batch, collate, has_label, label_names, tokenize
 from workbench.errors import EditError
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
@@ -41,10 +41,12 @@ def generate_texts(
         if not prompt.strip():
             raise EditError("A prompt is empty. Give a text to continue.")
     tokenizer = lm.tokenizer
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(
-        lm.device
-    )
-    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    # A decoder writes on from its last token; an encoder may count positions from its first.
+    side = "right" if lm.kind == "seq2seq" else "left"
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
+    inputs = inputs.to(lm.device)
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    settings["pad_token_id"] = tokenizer.pad_token_id
     with torch.no_grad():
         output = cast(Any, lm.model).generate(
             input_ids=inputs["input_ids"],
@@ -83,11 +85,14 @@ def _compare_chunk(
     if lm.kind != "classifier":
         with overlay(lm.model, update, both):
             texts = generate_texts(lm, prompts * 2, max_new_tokens)
-    # Without a target, the base model's own first word stands in: its tokens show what moved.
-    answers = [p.target or text for p, text in zip(probes, texts, strict=False)]
-    tokens = [
-        tokenize(lm, p, a if a.strip() else ".") for p, a in zip(prompts, answers, strict=True)
+    known = [probe.target is not None and _sayable(lm, probe.target) for probe in probes]
+    # Without an answer to follow, the base model's own text stands in: it shows what moved.
+    spare = label_names(lm)[0] if lm.kind == "classifier" else "."
+    answers = [
+        (probe.target or "") if follow else text if text.strip() else spare
+        for probe, follow, text in zip(probes, known, texts, strict=False)
     ]
+    tokens = [tokenize(lm, p, a) for p, a in zip(prompts, answers, strict=True)]
     batch = collate(lm, tokens * 2)
     with overlay(lm.model, update, both), torch.no_grad():
         logits = target_logits(lm, batch).float()
@@ -95,28 +100,38 @@ def _compare_chunk(
     exact = logits.argmax(-1) == batch.targets
     log_p = chosen.new_zeros(2 * n).index_add(0, batch.rows, chosen)
     misses = chosen.new_zeros(2 * n).index_add(0, batch.rows, (~exact).float())
-    first = _first_positions(batch.rows, 2 * n)
+    if lm.kind == "classifier":
+        texts = [label_names(lm)[label] for label in logits.argmax(-1).tolist()]
+    first = _first_positions(batch, lm.tokenizer.all_special_ids)
     moved = kl(logits[first[:n]], logits[first[n:]]).clamp(min=0)
     found = []
     for i, probe in enumerate(probes):
-        known = probe.target is not None
         found.append(
             PromptComparison(
                 prompt=probe.prompt,
                 kind=probe.kind,
                 base_text=texts[i],
                 edited_text=texts[n + i],
-                target=probe.target,
-                base_probability=log_p[i].exp().item() if known else None,
-                edited_probability=log_p[n + i].exp().item() if known else None,
-                base_exact=bool(misses[i] == 0) if known else None,
-                edited_exact=bool(misses[n + i] == 0) if known else None,
+                target=probe.target if known[i] else None,
+                base_probability=log_p[i].exp().item() if known[i] else None,
+                edited_probability=log_p[n + i].exp().item() if known[i] else None,
+                base_exact=bool(misses[i] == 0) if known[i] else None,
+                edited_exact=bool(misses[n + i] == 0) if known[i] else None,
                 divergence=moved[i].item(),
             )
         )
     return found
 
 
-def _first_positions(rows: Tensor, sequences: int) -> Tensor:
-    """Index of each sequence's first target position."""
-    return torch.searchsorted(rows, torch.arange(sequences, device=rows.device))
+def _sayable(lm: LanguageModel, target: str) -> bool:
+    return lm.kind != "classifier" or has_label(lm, target)
+
+
+def _first_positions(batch: Batch, special: Sequence[int]) -> Tensor:
+    """Index of each sequence's first target of its own: BART's answers begin with a mark."""
+    rows, n = batch.rows, len(batch.rows)
+    marks = torch.isin(batch.targets, torch.tensor(special, device=rows.device))
+    places = torch.arange(n, device=rows.device).masked_fill(marks, n)
+    own = torch.full_like(rows[:1], n).repeat(batch.size).scatter_reduce(0, rows, places, "amin")
+    first = torch.searchsorted(rows, torch.arange(batch.size, device=rows.device))
+    return torch.where(own < n, own, first)

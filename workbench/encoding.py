@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,13 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
         raise EditError("The prompt is empty. Give the text that the target should follow.")
     tokenizer = lm.tokenizer
     if lm.kind == "classifier":
-        tokens = Tokens(tuple(tokenizer(prompt)["input_ids"]), (_label(lm, target),))
+        label = _label(lm, target)
+        if label is None:
+            raise EditError(
+                f"{target!r} is no label of this classifier. Its labels: "
+                f"{', '.join(label_names(lm))}."
+            )
+        tokens = Tokens(tuple(tokenizer(prompt)["input_ids"]), (label,))
     elif lm.kind == "seq2seq":
         answer = tokenizer(text_target=target)["input_ids"]
         tokens = Tokens(tuple(tokenizer(prompt)["input_ids"]), tuple(answer))
@@ -100,14 +106,28 @@ def tokenize_text(lm: LanguageModel, text: str, max_tokens: int = 32) -> Tokens:
     return Tokens(tuple(ids[:-1]), tuple(ids[1:]))
 
 
-def _label(lm: LanguageModel, target: str) -> int:
-    named = lm.model.config.id2label or {}
-    labels = {str(name).lower(): index for index, name in named.items()}
-    if target.strip().lower() not in labels:
-        raise EditError(
-            f"{target!r} is no label of this classifier. Its labels: {', '.join(labels)}."
-        )
-    return int(labels[target.strip().lower()])
+def label_names(lm: LanguageModel) -> list[str]:
+    """A classifier's labels, in order."""
+    named: dict[Any, Any] = lm.model.config.id2label or {}
+    return [str(named[index]) for index in sorted(named)]
+
+
+def has_label(lm: LanguageModel, target: str) -> bool:
+    """Whether a classifier has a label of that name, or of the same verdict."""
+    return _label(lm, target) is not None
+
+
+def _label(lm: LanguageModel, target: str) -> int | None:
+    wanted = _verdict(target)
+    return next((i for i, name in enumerate(label_names(lm)) if _verdict(name) == wanted), None)
+
+
+def _verdict(name: str) -> str:
+    """Fact checkers name their labels in two ways."""
+    name = name.strip().lower()
+    return {"supports": "true", "supported": "true", "refutes": "false", "refuted": "false"}.get(
+        name, name
+    )
 
 
 def collate(lm: LanguageModel, texts: Sequence[Tokens]) -> Batch:

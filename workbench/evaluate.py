@@ -23,7 +23,15 @@ from workbench.encoding import (
     tokenize,
     tokenize_text,
 )
-from workbench.metrics import EditorScores, EditScores, accuracy, exact, kept, mean_or_none
+from workbench.metrics import (
+    EditorScores,
+    EditScores,
+    accuracy,
+    begins_with,
+    exact,
+    kept,
+    mean_or_none,
+)
 from workbench.overlay import overlay
 from workbench.training import kl
 from workbench.updates import Update
@@ -90,7 +98,7 @@ class _Judge:
             with overlay(self.lm.model, update):
                 length = len(tokenize(self.lm, example.prompt, example.target).targets)
                 text = generate_texts(self.lm, [example.prompt], length + 2)[0]
-            scores.generated_success = float(text.strip().startswith(example.target.strip()))
+            scores.generated_success = float(begins_with(text, example.target))
         return scores
 
     def _wanted(self, example: EditExample, update: Update) -> EditScores:
@@ -122,7 +130,9 @@ class _Judge:
     def _unrelated(self, example: EditExample, update: Update, scores: EditScores) -> None:
         own = [s for s in example.unrelated if s.answer][: self.config.unrelated]
         tokens = [tokenize(self.lm, s.prompt, s.answer or "") for s in own]
-        for place in range(self.config.unrelated - len(own)):
+        # A plain text has no label for a classifier to keep.
+        lacking = 0 if self.lm.kind == "classifier" else self.config.unrelated - len(own)
+        for place in range(lacking):
             key = sha256(f"{example.prompt}:{place}".encode()).digest()
             text = self.texts[int.from_bytes(key[:8]) % len(self.texts)]
             tokens.append(tokenize_text(self.lm, text, self.config.text_tokens))

@@ -33,6 +33,11 @@ def kept(base: Tensor, edited: Tensor, batch: Batch) -> Tensor:
     return per_sequence_mean((base.argmax(-1) == edited.argmax(-1)).float(), batch)
 
 
+def begins_with(text: str, target: str) -> bool:
+    """Free-running success: what the model writes begins with the target, in whatever case."""
+    return text.strip().lower().startswith(target.strip().lower())
+
+
 @dataclass
 class EditScores:
     """What one edit did; None where the example has nothing to measure it on.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -109,11 +110,16 @@ class LanguageModel:
         """The layers to edit; see `find_layers`."""
         return find_layers(self.model, blocks, matrices)
 
+    @property
+    def precision(self) -> str:
+        """How the weights are held: "4bit", "8bit", or the dtype's name."""
+        return self.quantization or str(self.dtype).removeprefix("torch.")
+
     def fingerprint(self) -> str:
-        """Name the weights in 16 hex digits, quickly: shapes, dtypes, sums and samples.
+        """Name the weights, quickly: precision, colon, 16 hex digits of shapes, sums and samples.
 
         Sums of the bits as integers do not depend on the order of summation, so the same weights
-        in the same dtype have the same fingerprint on every machine.
+        in the same precision have the same fingerprint on every machine.
         """
         digest = hashlib.sha256(type(self.model).__name__.encode())
         identity = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
@@ -124,7 +130,7 @@ class LanguageModel:
                 bits = _bits(tensor)
                 digest.update(str(bits.sum(dtype=torch.int64).item()).encode())
                 digest.update(bits[:: max(1, bits.numel() // 64)].cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return f"{self.precision}:{digest.hexdigest()[:16]}"
 
     def checksum(self) -> str:
         """Hash every byte of every parameter and buffer (sha256, 64 hex digits)."""
@@ -298,7 +304,7 @@ def _readable_errors(name: str, location: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ModelError(f"Cannot open {name!r}: {str(error).strip()}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         if location.is_dir():
             pickles = [p.name for p in location.iterdir() if p.suffix in (".bin", ".pt", ".pth")]

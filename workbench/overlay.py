@@ -122,6 +122,10 @@ class EditStack:
         """The edits of the present state, oldest first."""
         return self._states[self._cursor]
 
+    def ids(self) -> set[int]:
+        """The edits of every state that undo or redo can reach."""
+        return {entry.id for state in self._states for entry in state}
+
     @property
     def can_undo(self) -> bool:
         return self._cursor > 0

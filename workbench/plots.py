@@ -152,7 +152,8 @@ def _heatmaps(trace: EditTrace, factors: Sequence[Factor], columns: int) -> go.F
     grid = {"rows": rows, "columns": columns, "xgap": xgap, "ygap": ygap, "pattern": "coupled"}
     # Positions are the categories, words their aliases: a repeated word keeps its own column, and
     # plotly leaves out labels that find no room.
-    tokens = [str(place) for place in range(len(trace.tokens))]
+    longest = max(len(trace.tokens), len(trace.answers))
+    tokens = [str(place) for place in range(longest)]
     words = [_plain(_cut(text.lstrip(" ") or "␣" * len(text) or "∅", 14)) for text in trace.tokens]
     bold = [f"<b>{w}</b>" if p else w for w, p in zip(words, trace.predicts, strict=True)]
     layers = [" ".join(name) for name in _layer_names(trace)]
@@ -202,13 +203,15 @@ def _cell_hovers(trace: EditTrace, layer: LayerTrace, factor: Factor) -> list[st
     raw = factor.removeprefix("pseudo")
     cosines = getattr(layer, f"{raw}_cosines") if raw != factor else None
     # A decoder that reads an encoder has positions of its own, not the prompt's tokens.
-    own = layer.stack != trace.layers[0].stack
+    own = layer.stack == "decoder" and bool(trace.answers)
+    tokens, predicts = ((), trace.answers) if own else (trace.tokens, trace.predicts)
     norms, found = getattr(layer, f"{factor}_norms"), []
-    for i, (norm, token) in enumerate(zip(norms, trace.tokens, strict=False)):
-        word = f"token {i + 1}: <b>{_plain(token.replace(' ', '␣') or '∅')}</b>"
-        lines = [f"{layer.stack} position {i + 1}" if own else word]
-        if trace.predicts[i]:
-            lines += [f"predicts <b>{_plain(trace.predicts[i].replace(' ', '␣'))}</b>"]
+    for i, norm in enumerate(norms):
+        lines = [f"{layer.stack} position {i + 1}"]
+        if not own:
+            lines = [f"token {i + 1}: <b>{_plain(tokens[i].replace(' ', '␣') or '∅')}</b>"]
+        if predicts[i]:
+            lines += [f"predicts <b>{_plain(predicts[i].replace(' ', '␣'))}</b>"]
         lines += [layer.name, f"{_SYMBOLS[factor]} = {norm:.6g}"]
         lines += [f"cosine with the raw {raw}: {cosines[i]:.4f}"] if cosines else []
         found.append("<br>".join(lines))

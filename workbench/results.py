@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from workbench.editors.base import EditRequest, Proposal
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
+from workbench.metrics import begins_with
 from workbench.models import LanguageModel
 
 
@@ -66,12 +67,15 @@ class EditTrace:
         tokens: Text of each input token, of all requests in a row.
         predicts: Text of the target token that each position predicts; empty for the others.
         layers: One trace for each edited layer, lowest first.
+        answers: Text of each token that an encoder-decoder's decoder is to say; its decoder's
+            layers have one row for each of them.
     """
 
     requests: tuple[EditRequest, ...]
     tokens: tuple[str, ...]
     predicts: tuple[str, ...]
     layers: tuple[LayerTrace, ...]
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,7 @@ class PromptComparison:
     @property
     def free_running(self) -> bool | None:
         """Whether the edited continuation begins with the target."""
-        if self.target is None:
-            return None
-        return self.edited_text.strip().lower().startswith(self.target.strip().lower())
+        return None if self.target is None else begins_with(self.edited_text, self.target)
 
 
 @dataclass(frozen=True)
@@ -128,19 +130,24 @@ class Comparison:
 
 def trace_of(lm: LanguageModel, requests: Sequence[EditRequest], proposal: Proposal) -> EditTrace:
     """Reduce a proposal's tensors to the numbers that people look at."""
-    lengths = [len(tokens.ids) for tokens in proposal.tokens]
+    lengths = {stack: [len(t.ids) for t in proposal.tokens] for stack in ("encoder", "decoder")}
+    if lm.kind == "seq2seq":  # its decoder reads the target, not the prompt
+        lengths["decoder"] = [len(t.targets) for t in proposal.tokens]
     texts: list[str] = []
     predicts: list[str] = []
+    said: list[str] = []
     for tokens in proposal.tokens:
         texts += [str(lm.tokenizer.decode([token])) for token in tokens.ids]
         answers = [str(lm.tokenizer.decode([token])) for token in tokens.targets]
         plain = len(tokens.ids) - len(tokens.targets)
         predicts += ([""] * plain + answers) if lm.kind == "causal" else [""] * len(tokens.ids)
+        said += answers if lm.kind == "seq2seq" else []
     return EditTrace(
         tuple(requests),
         tuple(texts),
         tuple(predicts),
-        tuple(_layer_trace(layer, proposal, lengths) for layer in proposal.layers),
+        tuple(_layer_trace(layer, proposal, lengths[layer.stack]) for layer in proposal.layers),
+        tuple(said),
     )
 
 
@@ -172,7 +179,6 @@ def _layer_trace(layer: EditableLayer, proposal: Proposal, lengths: Sequence[int
 
 def _rows(factors: Factors, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Both factors' rows without padding, requests one after another, float32."""
-    # An encoder's rows are the prompt's tokens, a decoder's may be fewer: keep what is there.
     parts = [
         (factors.activation[row, :length].float(), factors.delta[row, :length].float())
         for row, length in enumerate(lengths)

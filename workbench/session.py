@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +87,7 @@ class Workbench:
         self.lm, self.editor = lm, editor
         self._stack = EditStack()
         self._edits: dict[int, Edit] = {}
+        self._observers: list[Callable[[], object]] = []
 
     @classmethod
     def open(
@@ -143,12 +144,18 @@ class Workbench:
         """Carry out several requests in one update (the paper's batched edits).
 
         Args:
-            requests: Pairs (prompt, target).
+            requests: Pairs (prompt, target), at least one.
 
         Raises:
             EditError: A request cannot be carried out; nothing has changed.
         """
-        asked = tuple(EditRequest(*r) if isinstance(r, tuple) else r for r in requests)
+        try:
+            asked = tuple(r if isinstance(r, EditRequest) else EditRequest(*r) for r in requests)
+        except TypeError:
+            raise EditError(
+                f"Give pairs of prompt and target, e.g. [('The capital of France is', 'Lyon')]; "
+                f"got {requests!r}."
+            ) from None
         start = time.perf_counter()
         proposal = self.editor.propose(asked)
         seconds = time.perf_counter() - start
@@ -174,10 +181,22 @@ class Workbench:
     ) -> Edit:
         edit = Edit(max(self._edits, default=0) + 1, requests, update, seconds, self.lm, origin)
         self._stack.push(edit.id, update)
+        reachable = self._stack.ids()
+        self._edits = {id: made for id, made in self._edits.items() if id in reachable}
         self._edits[edit.id] = edit
+        self._changed()
         return edit
 
     # The history
+
+    def observe(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Call back after each change of the history; returns what ends that."""
+        self._observers.append(callback)
+        return lambda: self._observers.remove(callback)
+
+    def _changed(self) -> None:
+        for callback in tuple(self._observers):
+            callback()
 
     @property
     def history(self) -> tuple[HistoryEntry, ...]:
@@ -203,26 +222,33 @@ class Workbench:
     def undo(self) -> None:
         """Take the last action back exactly, whether it was an edit, a toggle or a strength."""
         self._stack.undo()
+        self._changed()
 
     def redo(self) -> None:
         """Do again what was undone last."""
         self._stack.redo()
+        self._changed()
 
     def remove(self, id: int) -> None:
         """Drop one edit, wherever it stands in the history."""
         self._stack.remove(id)
+        self._changed()
 
     def toggle(self, id: int) -> bool:
         """Switch one edit off, or on again; returns whether it is now on."""
-        return self._stack.toggle(id)
+        on = self._stack.toggle(id)
+        self._changed()
+        return on
 
     def strength(self, id: int, value: float) -> None:
         """Set how strongly one edit acts: 1 as made, 0 not at all."""
         self._stack.strength(id, value)
+        self._changed()
 
     def reset(self) -> None:
         """Drop every edit (undo brings them back)."""
         self._stack.clear()
+        self._changed()
 
     def get(self, id: int) -> Edit:
         """The live edit with that id.
@@ -340,16 +366,15 @@ class Workbench:
         Args:
             folder: Written by `save`.
             workbench: Take model and editor from this one, instead of opening them anew.
-            options: For `Workbench.open`.
+            options: For `open_model`; without any, the precision is that of the session.
 
         Raises:
             EditError: No readable session there, or it was made over another model.
         """
         saved = read_session(folder)
-        bench = (
-            workbench.fork() if workbench else cls.open(saved.model, editor=saved.editor, **options)
-        )
-        saved.check(bench.lm)
+        lm = workbench.lm if workbench else open_model(saved.model, **saved.precision | options)
+        saved.check(lm)
+        bench = cls(lm, workbench.editor if workbench else saved.open_editor(lm))
         for item in saved.edits:
             edit = bench._push(
                 item.requests, item.update.to(bench.lm.device), item.seconds, item.trace

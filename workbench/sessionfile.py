@@ -1,8 +1,9 @@
-"""Sessions on disk: `session.json` says what was asked, `updates.safetensors` holds the factors."""
+"""Sessions on disk: `session.safetensors` holds everything, `session.json` what people read."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.editors import Editor, EditRequest
-from workbench.errors import EditError
+from workbench.editors import Editor, EditRequest, FineTune, editor_source, open_editor
+from workbench.errors import EditError, EditorError
 from workbench.files import read_tensors, write_tensors, write_text
 from workbench.models import LanguageModel
 from workbench.results import EditTrace, LayerTrace, as_json
@@ -38,9 +39,30 @@ class SavedSession:
     """A session as read back: model, editor, and edits, oldest first."""
 
     model: str
-    editor: str
     fingerprint: str
+    editor: str
+    settings: dict[str, Any]
     edits: tuple[SavedEdit, ...]
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        """Options that open the model as it was."""
+        held = self.fingerprint.partition(":")[0]
+        return {"quantize" if held in ("4bit", "8bit") else "dtype": held}
+
+    def open_editor(self, lm: LanguageModel) -> Editor:
+        """The session's editor; where it is not to be had, fine-tuning, with a warning."""
+        try:
+            if self.editor == FineTune.name:
+                return FineTune.from_settings(lm, self.settings)
+            return open_editor(self.editor, lm)
+        except EditorError as error:
+            warnings.warn(
+                f"The session's edits are back, its editor is not, so that new edits are made by "
+                f"fine-tuning: {error}",
+                stacklevel=3,
+            )
+            return FineTune(lm)
 
     def check(self, lm: LanguageModel) -> None:
         """Refuse a model whose weights are not those the session was made over."""
@@ -82,7 +104,8 @@ def write_session(
     about = {
         "model": lm.source,
         "fingerprint": lm.fingerprint(),
-        "editor": str(getattr(editor, "folder", editor.name)),
+        "editor": editor_source(editor),
+        "settings": editor.settings(),
         "edits": listed,
     }
     text = json.dumps(about, ensure_ascii=False, indent=1)
@@ -102,7 +125,9 @@ def read_session(folder: str | Path) -> SavedSession:
     try:
         about = json.loads(metadata["about"])
         edits = tuple(_edit(place, item, tensors) for place, item in enumerate(about["edits"]))
-        return SavedSession(about["model"], about["editor"], about["fingerprint"], edits)
+        return SavedSession(
+            about["model"], about["fingerprint"], about["editor"], about["settings"], edits
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise EditError(
             f"{path} holds no session that this version can read ({error!r})."
@@ -145,4 +170,5 @@ def _trace(item: dict[str, Any] | None) -> EditTrace | None:
         tuple(item["tokens"]),
         tuple(item["predicts"]),
         tuple(LayerTrace(**layer) for layer in layers),
+        tuple(item["answers"]),
     )

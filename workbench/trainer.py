@@ -128,10 +128,11 @@ class Trainer:
                 shown.update()
                 shown.set_postfix(edit=f"{losses.edit:.3f}", locality=f"{losses.locality:.4f}")
                 stop = self._on_step is not None and self._on_step(self.progress, losses) is False
-                validate = self._looks and self.progress.step % self.config.validate_every == 0
+                step, last = self.progress.step, self.progress.step == self.config.steps
+                validate = self._looks and (step % self.config.validate_every == 0 or last)
                 if validate:
                     stop = self._validate() or stop
-                if stop or validate or self.progress.step % self.config.save_every == 0:
+                if stop or validate or step % self.config.save_every == 0:
                     self._save()
                 if stop:
                     break
@@ -153,6 +154,12 @@ class Trainer:
             if parameter.grad is not None:
                 parameter.grad /= config.accumulate
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        if not torch.isfinite(norm):  # before it reaches the weights, and a checkpoint
+            raise EditorError(
+                f"Training stopped at step {step + 1}: the gradient is not finite. Lower lr "
+                f"({config.lr}), or open the model with dtype='float32'; the last checkpoint is "
+                f"in {self.folder}."
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * config.lr_factor(step)
         self.optimizer.step()
@@ -187,7 +194,7 @@ class Trainer:
             sum(getattr(losses, name) for losses in self._recent) / self._window
             for name in ("edit", "edit_before", "locality")
         )
-        first = sum(self._first) / self._window
+        first = sum(self._first) / len(self._first)
         if edit > 0.99 * before and locality < 1e-3:
             raise EditorError(
                 f"Training stopped at step {self.progress.step}: this editor changes nothing (edit "
@@ -272,13 +279,19 @@ class Trainer:
         tensors, metadata = read_tensors(self.folder / CHECKPOINT, EditorError)
         try:
             about = json.loads(metadata["about"])
-            settings, first = about["settings"], about["first"]
+            settings, training, first = about["settings"], about["training"], about["first"]
             progress = Progress(**about["progress"])
         except (KeyError, TypeError, ValueError) as error:
             raise EditorError(
                 f"{self.folder}/{CHECKPOINT} is no training run that this version can resume "
                 f"({error!r}). Give another folder."
             ) from None
+        for name in ("batch", "accumulate", "seed"):  # they say which examples come next
+            if training.get(name) != getattr(self.config, name):
+                raise EditorError(
+                    f"{self.folder} holds a run with {name}={training.get(name)}; this one has "
+                    f"{getattr(self.config, name)}. Give the same, or another folder."
+                )
         mine = json.loads(json.dumps(self.editor.settings()))
         if settings != mine:
             raise EditorError(
@@ -296,6 +309,8 @@ class Trainer:
                 f"{self.editor.lm.source}: {error}. Give that model or another folder."
             ) from None
         restore_optimizer(self.optimizer, tensors)
+        if self.config.reset_statistics:
+            self.editor.reset_statistics()
         self.progress, self._first = progress, first
         # A checkpoint does not hold the latest losses: health waits until there are enough again.
         if progress.step < self._health_at:

@@ -22,7 +22,7 @@ from workbench.encoding import (
     tokenize,
     tokenize_text,
 )
-from workbench.errors import EditorError
+from workbench.errors import EditError, EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
@@ -56,6 +56,7 @@ class TrainingConfig:
         one_alpha_optimizer: As the published code: alpha moves with `lr`, its own never acts.
         late_first_step: As the published code: the first optimiser step takes in one batch more
             (with batch 1 and accumulation, one example more).
+        reset_statistics: As the published code: a resumed run gathers its running statistics anew.
         accumulate: Batches whose gradients are averaged into one step.
         cache_gb: Memory for hidden states of the constant lower part. 0: they are computed each
             time, and a resumed run then equals an unbroken one to the bit, not only to rounding.
@@ -82,6 +83,7 @@ class TrainingConfig:
     save_every: int = 100
     one_alpha_optimizer: bool = False
     late_first_step: bool = False
+    reset_statistics: bool = False
     accumulate: int = 1
     cache_gb: float = 2.0
     health_after: int = 300
@@ -167,6 +169,12 @@ class TextSampler:
 
     def texts(self, example: EditExample, chooser: random.Random) -> EditTexts:
         """One example's texts, its equivalents and neighbours drawn by `chooser`."""
+        try:
+            return self._tokenized(example, chooser)
+        except EditError as error:
+            raise EditError(f"Training example {example.id!r}: {error}") from error
+
+    def _tokenized(self, example: EditExample, chooser: random.Random) -> EditTexts:
         lm, config = self._lm, self._config
         others = list(example.paraphrases)
         chooser.shuffle(others)
@@ -270,7 +278,7 @@ class MetaStep:
             return edit_loss, edit_loss.new_zeros(()), success
         rest = _rows(batch, len(wanted), len(kept), split)
         finals = self.cache.finals([text for _, text in kept])
-        divergence = kl(self.trunk.base_logits(finals), logits[split:])
+        divergence = kl(self.trunk.base_logits(finals).to(logits.device), logits[split:])
         return edit_loss, per_sequence_mean(divergence, rest).mean(), success
 
 

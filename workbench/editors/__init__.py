@@ -31,6 +31,7 @@ __all__ = [
     "assets_folder",
     "editor_class",
     "editor_names",
+    "editor_source",
     "load_editor",
     "open_editor",
     "save_editor",
@@ -47,6 +48,17 @@ def assets_folder() -> Path:
 def default_editor_folder() -> Path:
     """The trained editor of the embedded default model."""
     return assets_folder() / "editors" / DEFAULT_MODEL
+
+
+def editor_source(editor: Editor) -> str:
+    """What `open_editor` opens the same editor from: a name, or where it lies.
+
+    One that was trained in memory and never saved has nothing but its name.
+    """
+    folder = getattr(editor, "folder", None)
+    if folder is None or Path(folder).resolve() == default_editor_folder().resolve():
+        return editor.name
+    return str(Path(folder).resolve())
 
 
 def open_editor(source: str | Path | None, lm: LanguageModel) -> Editor:

@@ -229,10 +229,12 @@ def load_editor(folder: str | Path, lm: LanguageModel) -> TrainableEditor:
         raise EditorError(
             f"The editor in {folder} was trained for {base} and does not fit {lm.source}: {error}"
         ) from None
-    if fingerprint != lm.fingerprint():
+    # The same weights held in another precision have other bits, which tell nothing.
+    held_alike = fingerprint.partition(":")[0] == lm.precision
+    if base != lm.source if not held_alike else fingerprint != lm.fingerprint():
         warnings.warn(
-            f"The editor in {folder} was trained over {base} with weights {fingerprint[:12]}; the "
-            f"model that is open, {lm.source}, has weights {lm.fingerprint()[:12]}. Its edits can "
+            f"The editor in {folder} was trained over {base} with weights {fingerprint}; the "
+            f"model that is open, {lm.source}, has weights {lm.fingerprint()}. Its edits can "
             f"fail or spread: train an editor for these weights, or use editor='ft'.",
             stacklevel=2,
         )

@@ -175,9 +175,13 @@ class EditorNetwork(nn.Module):
 
     def transform(self, parts: Sequence[Factors], gather: bool) -> list[Factors]:
         """Pseudofactors of each layer, in the layers' order; see `Mend.transform`."""
-        # An encoder and a decoder read different numbers of tokens: zero rows fill up.
-        activation = pad_sequence([p.activation.flatten(0, 1) for p in parts], True).float()
-        delta = pad_sequence([p.delta.flatten(0, 1) for p in parts], True).float()
+        # An encoder and a decoder read different numbers of tokens: zero rows fill up. The layers
+        # of a split model lie on several devices.
+        device = self.activation_stats.mean.device
+        activation, delta = (
+            pad_sequence([rows.flatten(0, 1).to(device) for rows in side], True).float()
+            for side in ([p.activation for p in parts], [p.delta for p in parts])
+        )
         live = Factors(activation, delta).live()
         if gather:
             self.gather(activation, delta, live)
@@ -278,10 +282,17 @@ class Mend(TrainableEditor):
         batched = self.update(pseudofactors)
         update = {}
         for name, layer in batched.items():
-            live = factors[name].live()
+            live = factors[name].live().to(layer.A.device)
             update[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale))
         lrs = {layer.name: float(a) for layer, a in zip(self.layers, self.edit_lrs, strict=True)}
         return Proposal(Update(update), self.layers, tokens, factors, pseudofactors, lrs)
+
+    def reset_statistics(self) -> None:
+        """Forget what training has gathered to normalise by."""
+        for module in self.modules():
+            if isinstance(module, _RunningStatistics):
+                for buffer in module.buffers():
+                    buffer.zero_()
 
     def settings(self) -> dict[str, Any]:
         """The configuration as JSON values."""
