@@ -234,11 +234,13 @@ def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
     """
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     mono = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+    # In the head, since Gradio rewrites the selectors of its own `css` and drops what it cannot.
+    css = "".join(path.read_text("utf-8") for path in (CSS, Path(__file__).with_suffix(".css")))
     settings: dict[str, Any] = {
         "theme": themes.Base(
             primary_hue="indigo", neutral_hue="slate", font=system, font_mono=mono
         ),
-        "css_paths": [CSS, Path(__file__).with_suffix(".css")],
+        "head": f"<style>{css}</style>",
         "footer_links": ["api", "settings"],
         "run_history": False,
         "show_error": True,

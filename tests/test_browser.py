@@ -186,6 +186,10 @@ def test_an_adapter_is_downloaded(open_page: Callable[..., Page]):
 
 CUT = """[...document.querySelectorAll('#comparison td, #history .entry *, .facts span')]
     .filter(part => part.clientWidth > 0 && part.scrollWidth > part.clientWidth + 1)"""
+DRAWN = """() => {
+    const drawn = [...document.querySelectorAll('#figures .js-plotly-plot .main-svg')];
+    return drawn.length && drawn.every(svg => svg.getBoundingClientRect().right <= innerWidth);
+}"""
 _SCREENS: tuple[tuple[int, Literal["light", "dark"]], ...] = (
     (1400, "light"),
     (1400, "dark"),
@@ -207,5 +211,6 @@ def test_nothing_is_cut_off_on_a_phone_or_in_the_dark(open_page: Callable[..., P
             "width => document.documentElement.scrollWidth <= width", arg=width, timeout=PATIENCE
         )
         page.wait_for_function(f"() => ({CUT}).length === 0", timeout=PATIENCE)
+        page.wait_for_function(DRAWN, timeout=PATIENCE)
         path = ARTIFACTS / f"app-{width}-{scheme}.png"
         page.screenshot(path=path, full_page=True, timeout=PATIENCE)
