@@ -15,11 +15,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup app test browser lint types fmt notebooks bench lock clean
+.PHONY: help setup app test browser lint types fmt notebooks bench screenshots lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
-		while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+		while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: $(VENV)/.project  ## make .venv with the pinned packages and this one, editable
 
@@ -70,6 +70,9 @@ notebooks: setup  ## execute the notebooks in place
 
 bench: setup  ## measure speed and memory
 	$(PY) -m tests.benchmarks $(ARGS)
+
+screenshots: setup browser  ## take the README's pictures anew
+	$(PY) -m tests.screenshots
 
 # torch is pinned without its +cpu or +cu label, and its CUDA packages follow from it.
 lock:  ## renew requirements.lock from pyproject.toml's ranges

@@ -29,6 +29,7 @@ HOURS = 3600
 # The model runs for so many users at once; the others wait in the queue.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+EDITORS = {"mend": "MEND (trained)", "ft": "Fine-tuning"}
 ENDPOINTS = {
     "edit": api.edit,
     "undo": api.undo,
@@ -63,6 +64,11 @@ FIGURES = {
         "at most one for each token; fine-tuning's has a long tail.",
         1,
     ),
+    "Overlap": (
+        "Cosine between the updates of every two live edits. Near 0 they write in unrelated "
+        "directions; near 1 or −1 one changes what the other has written.",
+        1,
+    ),
 }
 # On a phone the table is below the fold: go there, where progress shows.
 _SCROLL = """() => {
@@ -89,7 +95,7 @@ def build(workbench: Workbench) -> gr.Blocks:
         gr.HTML(markup.header(workbench), elem_classes="header", apply_default_css=False)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                form, buttons = _form()
+                form, buttons, editor = _form(state.value)
             with gr.Column(scale=4, min_width=320):
                 table = gr.HTML(
                     placeholder("Choose an example or type an edit, then press Edit."),
@@ -115,7 +121,7 @@ def build(workbench: Workbench) -> gr.Blocks:
             )
 
         for event in (buttons["edit"].click, form[0].submit, form[1].submit):
-            on(event, page.edit, [state, *form], [*screen, *listed])
+            on(event, page.edit, [state, editor, *form], [*screen, *listed])
         on(buttons["compare"].click, page.compare, [state, *form], [*screen, *listed])
         for name in ("edit", "compare"):
             buttons[name].click(None, js=_SCROLL, **PRIVATE)
@@ -139,12 +145,19 @@ def build(workbench: Workbench) -> gr.Blocks:
     return app
 
 
-def _form() -> tuple[list[gr.Textbox], dict[str, Any]]:
-    """The edit's form: prompt, target, the lists, and the prompt that the lists are for."""
+def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]:
+    """The edit's form: prompt, target, the lists, the prompt that the lists are for; the editor."""
     prompt = gr.Textbox(
         "", label="Prompt", placeholder="The capital of France is", elem_id="prompt"
     )
     target = gr.Textbox("", label="What it should say", placeholder="Lyon", elem_id="target")
+    editor = gr.Radio(
+        [(EDITORS.get(name, name), name) for name in [*session.editors][::-1]],
+        value=session.bench.editor.name,
+        label="Editor",
+        elem_id="editor",
+        visible=len(session.editors) > 1,
+    )
     with gr.Row():
         edit = gr.Button("Edit", variant="primary", elem_id="edit")
         compare = gr.Button("Compare only", elem_id="compare")
@@ -168,7 +181,7 @@ def _form() -> tuple[list[gr.Textbox], dict[str, Any]]:
         other = gr.Textbox("", label="Your own", lines=1, max_lines=6)
     listed_for = gr.Textbox("", visible=False)
     form = [prompt, target, equivalents, neighbors, unrelated, other, listed_for]
-    return form, {"edit": edit, "compare": compare, "examples": examples}
+    return form, {"edit": edit, "compare": compare, "examples": examples}, editor
 
 
 def _history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:

@@ -27,6 +27,7 @@ from workbench import (
     Workbench,
     tables,
 )
+from workbench.editors import default_editor_folder, load_editor
 from workbench.session import HistoryEntry
 
 if TYPE_CHECKING:
@@ -228,6 +229,14 @@ def test_texts_are_shown_as_text():
         shown = Page(html)
         assert NASTY in shown.text
         assert not {"img", "script"} & set(shown.tags)
+
+
+def test_the_header_tells_how_the_editor_was_trained(bench: Workbench, default_model):
+    assert "<details>" not in markup.header(bench)
+    editor = load_editor(default_editor_folder(), default_model)
+    shown = Page(markup.header(Workbench(default_model, editor)))
+    assert f"{default_model.model.get_memory_footprint() / 2**20:,.0f} MiB" in shown.text
+    assert f"{editor.card['edits_seen']:,}" in shown.text
 
 
 def test_what_changed_is_marked_and_nothing_else():

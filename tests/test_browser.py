@@ -118,7 +118,7 @@ def test_an_example_is_edited_switched_and_undone(open_page: Callable[..., Page]
     assert EXAMPLE.target not in before
     for kind in ("equivalent", "neighbor", "unrelated"):
         expect(row(page, kind)).to_be_visible()
-    for figure in ("Factors", "Update size", "Spectrum", "Probabilities"):
+    for figure in ("Factors", "Update size", "Spectrum", "Overlap", "Probabilities"):
         page.get_by_role("tab", name=figure).click()
         expect(page.locator("#figures .js-plotly-plot:visible").first).to_be_visible()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES, tiny_tokenizer
 
+from workbench import commands
 from workbench.__main__ import main
 
 FRANCE = "The capital of France is"
@@ -118,3 +119,8 @@ def test_figures_are_packed_however_the_folder_is_named(
     figures.write_text("{}")
     assert main([*pack, "--editor", other, "--out", str(tmp_path / "no")]) == 2
     assert "holds no figures of" in capsys.readouterr().err
+
+
+def test_cards_name_data_without_saying_where_it_lay() -> None:
+    assert commands._file_name("zsre:/home/me/zsre.jsonl.gz") == "zsre:zsre.jsonl.gz"
+    assert commands._file_name("facts") == "facts"

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import plotly.graph_objects as go
@@ -22,7 +22,15 @@ from workbench.editors import Editor, EditRequest, FineTune, FineTuneConfig, Men
 from workbench.editors.base import gradient_factors
 from workbench.errors import EditError
 from workbench.probes import KINDS
-from workbench.results import Comparison, EditTrace, LayerTrace, PromptComparison, trace_of
+from workbench.results import (
+    Comparison,
+    EditTrace,
+    LayerTrace,
+    PromptComparison,
+    overlap_of,
+    trace_of,
+)
+from workbench.updates import LayerUpdate, Update
 
 torch.set_num_threads(1)
 
@@ -84,6 +92,11 @@ def sent(figure: go.Figure) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     found = json.loads(figure.to_json() or "", parse_constant=refuse)
     return found["data"], found["layout"]
+
+
+def random_update(rank: int, seed: int) -> Update:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    return Update({"layer": LayerUpdate(draw(rank, 5), draw(rank, 4), -0.5)})
 
 
 def factor_of(heat: dict[str, Any]) -> str:
@@ -226,6 +239,21 @@ def test_a_decoder_beside_an_encoder_is_not_told_by_the_prompts_tokens():
     assert "decoder position 1" in hover
     assert "predicts <b>answer</b>" in hover
     assert "word" not in hover
+
+
+def test_overlaps_are_cosines_of_dense_updates_told_with_their_titles():
+    updates = {"first": random_update(2, seed=0), "$x$ <b>": random_update(3, seed=1)}
+    flat = [torch.cat([d.flatten() for d in u.dense().values()]) for u in updates.values()]
+    overlap = overlap_of(updates)
+    [heat], _ = sent(plots.overlaps(overlap))
+    for i, row in enumerate(overlap.cosines):
+        for j, cosine in enumerate(row):
+            expected = torch.cosine_similarity(flat[i], flat[j], dim=0).item()
+            assert cosine == pytest.approx(expected, abs=1e-6)
+            assert f"cosine {cosine:.6g}" in heat["hovertext"][i][j]
+    assert heat["x"] == heat["y"] == ["first", "&#36;x&#36; &lt;b&gt;"]
+    with pytest.raises(EditError, match="no edits to compare"):
+        plots.overlaps(overlap_of({}))
 
 
 @pytest.mark.parametrize("relative", [False, True])

@@ -86,6 +86,17 @@ def test_strength_scales_the_update(wb: Workbench) -> None:
         wb.strength(edit.id, float("nan"))
 
 
+def test_edits_overlap_with_themselves_and_their_like(wb: Workbench) -> None:
+    wb.edit(FRANCE, "Lyon")
+    wb.edit("The Eiffel Tower is located in the city of", "Rome")
+    wb.edit(FRANCE, "Lyon")
+    titles, cosines = wb.overlap().titles, wb.overlap().cosines
+    assert titles == tuple(f"{edit.id} · {edit.title}" for edit in wb.edits)
+    assert [cosines[i][i] for i in range(3)] == pytest.approx([1, 1, 1])
+    assert cosines[0][2] == pytest.approx(1)
+    assert abs(cosines[0][1]) < 0.9
+
+
 def test_forks_and_threads_do_not_see_each_other(wb: Workbench) -> None:
     base = wb.generate(FRANCE)
     forks = [wb.fork() for _ in range(3)]

@@ -51,6 +51,14 @@ layer_updates = st.builds(
 laws = settings(max_examples=30, deadline=None)
 
 
+@given(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", "ab"]))
+def test_inner_products_are_those_of_the_dense_matrices(one: int, other: int, names: str) -> None:
+    first, second = update(one, rank=3), update(other, names=names)
+    dense = first.dense(), second.dense()
+    expected = sum((dense[0][name] * dense[1][name]).sum() for name in names)
+    assert first.inner(second) == pytest.approx(float(expected), rel=1e-10, abs=1e-10)
+
+
 @laws
 @given(layer_updates)
 def test_a_layer_update_is_its_dense_matrix(layer: LayerUpdate) -> None:

@@ -6,7 +6,7 @@ from workbench.errors import DataError, EditError, EditorError, ModelError, Work
 from workbench.models import LanguageModel, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe
-from workbench.results import Comparison, EditTrace, LayerTrace, PromptComparison
+from workbench.results import Comparison, EditTrace, LayerTrace, Overlap, PromptComparison
 from workbench.session import Edit, Workbench
 from workbench.updates import LayerUpdate, Update
 
@@ -30,6 +30,7 @@ __all__ = [
     "Mend",
     "MendConfig",
     "ModelError",
+    "Overlap",
     "Probe",
     "PromptComparison",
     "Statement",

@@ -80,7 +80,7 @@ def train(options: argparse.Namespace) -> None:
         options.out,
         validation=validation,
         card={
-            "data": options.data,
+            "data": [_file_name(spec) for spec in options.data],
             "split": options.split,
             "examples": len(examples),
             "start": dict(editor.card) or None,
@@ -122,7 +122,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "fingerprint": lm.fingerprint(),
             "dtype": str(lm.dtype).removeprefix("torch."),
             "device": _device_name(lm),
-            "data": options.data,
+            "data": _file_name(options.data),
             "split": options.split,
             "limit": options.limit,
             **vars(config),
@@ -191,6 +191,12 @@ def _read(spec: str, split: str | None, options: argparse.Namespace) -> Dataset:
     if options.skip_bad and found.skipped:
         print(f"{spec}: skipped {len(found.skipped)} records, kept {len(found)}")
     return found
+
+
+def _file_name(spec: str) -> str:
+    """A data set as others know it: its format and its file's name, not where it lay."""
+    name, colon, path = spec.partition(":")
+    return f"{name}{colon}{Path(path).name}" if colon else name
 
 
 def _device_name(lm: LanguageModel) -> str:

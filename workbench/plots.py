@@ -14,7 +14,13 @@ import plotly.graph_objects as go
 
 from workbench.errors import EditError
 from workbench.probes import KINDS
-from workbench.results import Comparison, EditTrace, LayerTrace, PromptComparison
+from workbench.results import (
+    Comparison,
+    EditTrace,
+    LayerTrace,
+    Overlap,
+    PromptComparison,
+)
 
 Factor = Literal["activation", "delta", "pseudoactivation", "pseudodelta"]
 
@@ -113,6 +119,44 @@ def spectra(trace: EditTrace) -> go.Figure:
     figure.update_xaxes(title="singular value, largest first", dtick=1 if longest < 12 else None)
     figure.update_yaxes(title="size (log scale)", type="log", tickformat="~g", nticks=6)
     return figure.update_layout(template=TEMPLATE, height=320 + 7 * len(names))
+
+
+def overlaps(overlap: Overlap) -> go.Figure:
+    """Cosine of every two live edits' updates: 0 where they write in unrelated directions.
+
+    Args:
+        overlap: From `Workbench.overlap`.
+
+    Raises:
+        EditError: There is no edit.
+    """
+    if not overlap.titles:
+        raise EditError("There are no edits to compare: make one, or better two.")
+    names = [_plain(_cut(title, 28)) for title in overlap.titles]
+    hovers = [
+        [
+            f"{_wrapped(a)}<br>{_wrapped(b)}<br>cosine {cosine:.6g}"
+            for b, cosine in zip(overlap.titles, row, strict=True)
+        ]
+        for a, row in zip(overlap.titles, overlap.cosines, strict=True)
+    ]
+    heading = {"text": "cosine of the updates", "side": "top", "font_size": 11}
+    figure = go.Figure().update_layout(template=TEMPLATE)
+    figure.add_heatmap(
+        z=overlap.cosines,
+        x=names,
+        y=names,
+        zmin=-1,
+        zmax=1,
+        colorscale="RdBu",
+        hovertext=hovers,
+        text=[[f"{cosine:.2f}" for cosine in row] for row in overlap.cosines],
+        texttemplate="%{text}",
+        colorbar={"title": heading, "y": 1, "tickvals": [-1, 0, 1]},
+    )
+    figure.update_xaxes(type="category", showgrid=False, tickangle=-30)
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return figure.update_layout(height=_BAR + _FOOT + 60 + 40 * len(names))
 
 
 def target_probabilities(comparison: Comparison) -> go.Figure:

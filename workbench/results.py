@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from workbench.factors import Factors
 from workbench.layers import EditableLayer
 from workbench.metrics import begins_with
 from workbench.models import LanguageModel
+from workbench.updates import Update
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,32 @@ class Comparison:
     def of_kind(self, kind: str) -> tuple[PromptComparison, ...]:
         """The rows of one kind."""
         return tuple(row for row in self.rows if row.kind == kind)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far live edits write in each other's direction.
+
+    Args:
+        titles: Of the edits, oldest first.
+        cosines: <dW_i, dW_j> / (|dW_i| |dW_j|) over all layers; 1 on the diagonal.
+    """
+
+    titles: tuple[str, ...]
+    cosines: tuple[tuple[float, ...], ...]
+
+
+def overlap_of(updates: Mapping[str, Update]) -> Overlap:
+    """Compare every pair of updates, by title."""
+    sizes = {title: math.sqrt(max(0.0, update.inner(update))) for title, update in updates.items()}
+    rows = (
+        tuple(
+            a.inner(b) / (sizes[i] * sizes[j]) if sizes[i] and sizes[j] else 0.0
+            for j, b in updates.items()
+        )
+        for i, a in updates.items()
+    )
+    return Overlap(tuple(updates), tuple(rows))
 
 
 def trace_of(lm: LanguageModel, requests: Sequence[EditRequest], proposal: Proposal) -> EditTrace:

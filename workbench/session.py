@@ -19,7 +19,7 @@ from workbench.errors import EditError
 from workbench.models import LanguageModel, Quantization, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe, suggest
-from workbench.results import Comparison, EditTrace, trace_of
+from workbench.results import Comparison, EditTrace, Overlap, overlap_of, trace_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
 from workbench.updates import Update
 
@@ -285,6 +285,10 @@ class Workbench:
         if found.trace is None:
             raise EditError(f"Edit {found.id} was imported as an adapter: it has no factors.")
         return found.trace
+
+    def overlap(self) -> Overlap:
+        """How far the live edits write in each other's direction, whether on or off."""
+        return overlap_of({f"{edit.id} · {edit.title}": edit.update for edit in self.edits})
 
     def generate(
         self,

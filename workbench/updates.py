@@ -66,6 +66,13 @@ class LayerUpdate:
         q_b, r_b = torch.linalg.qr(self.B.double().mT)
         return q_a, q_b, self.scale * (r_b @ r_a.mT)
 
+    def inner(self, other: LayerUpdate) -> Tensor:
+        """Frobenius inner product with another change of the same matrix, `(...)`."""
+        # <B^T A, D^T C> = sum of (B D^T) * (A C^T): the dense matrices are never formed.
+        B, D = self.B.double(), other.B.double()
+        A, C = self.A.double(), other.A.double()
+        return self.scale * other.scale * ((B @ D.mT) * (A @ C.mT)).sum((-2, -1))
+
     def spectrum(self) -> Tensor:
         """Singular values, largest first, `(..., min(rank, in, out))`."""
         return torch.linalg.svdvals(self._core()[2]).float()
@@ -195,6 +202,10 @@ class Update(Mapping[str, LayerUpdate]):
     def dense(self) -> dict[str, Tensor]:
         """Each layer's change as an `(out, in)` matrix."""
         return {name: layer.dense() for name, layer in self.items()}
+
+    def inner(self, other: Update) -> float:
+        """Frobenius inner product over all layers; a layer that only one changes adds nothing."""
+        return float(sum(self[name].inner(other[name]).sum() for name in self if name in other))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Update:
         """Apply a function to every factor."""

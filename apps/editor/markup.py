@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
+from typing import Any
 
 from workbench import Edit, Workbench
 from workbench.session import HistoryEntry
@@ -30,7 +31,7 @@ element.addEventListener('change', event => {
 
 
 def header(bench: Workbench) -> str:
-    """Title, and what is open: model, device, dtype, editor and the blocks it edits."""
+    """Title, and what is open: model, device, dtype, memory, editor and how it was trained."""
     lm, layers = bench.lm, bench.editor.layers
     blocks = ", ".join(map(str, sorted({layer.block for layer in layers})))
     facts = {
@@ -38,6 +39,7 @@ def header(bench: Workbench) -> str:
         "device": str(lm.device),
         "dtype": str(lm.dtype).removeprefix("torch."),
         "weights": lm.quantization,
+        "memory": f"{lm.model.get_memory_footprint() / 2**20:,.0f} MiB",
         "editor": bench.editor.name,
         "edits": f"{len(layers)} matrices in block{'s' * (',' in blocks)} {blocks}",
     }
@@ -47,8 +49,34 @@ def header(bench: Workbench) -> str:
     return (
         "<h1>Model-editing workbench</h1><p>Tell the model one thing it should say. See at once "
         "what changed, what should not have, and why; take it back exactly.</p>"
-        f'<div class="facts">{items}</div>'
+        f'<div class="facts">{items}</div>{_card(getattr(bench.editor, "card", {}))}'
     )
+
+
+def _card(card: Mapping[str, Any]) -> str:
+    """How a trained editor was trained and what it scored, folded away."""
+    if not card:
+        return ""
+    data = card.get("data", "")
+    said = {
+        "data": data if isinstance(data, str) else ", ".join(map(str, data)),
+        "steps": card.get("steps"),
+        "edits seen": card.get("edits_seen"),
+    }
+    figures = (card.get("evaluation") or {}).get("figures", {})
+    said |= {name: value for name, value in figures.items() if isinstance(value, int | float)}
+    rows = "".join(
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_number(value))}</dd>"
+        for name, value in said.items()
+        if value is not None
+    )
+    return f"<details><summary>How the editor was trained</summary><dl>{rows}</dl></details>"
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def figures_title(edit: Edit | None) -> str:

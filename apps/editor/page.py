@@ -58,6 +58,7 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
         gr.update(visible=bool(session.probes)),
         figure,
         *_inside(session, edit),
+        _overlap(session),
     )
 
 
@@ -78,9 +79,19 @@ def _inside(session: Session, edit: Edit | None) -> tuple[Any, ...]:
     )
 
 
+def _overlap(session: Session) -> Any:
+    """How the live edits overlap, drawn only when there are others."""
+    ids = tuple(edit.id for edit in session.bench.edits)
+    if ids == session.overlapping:
+        return gr.skip()
+    session.overlapping = ids
+    return plots.overlaps(session.bench.overlap()) if ids else None
+
+
 @guarded
 def edit(
     session: Session,
+    editor: str,
     prompt: str,
     target: str,
     equivalents: str,
@@ -92,11 +103,11 @@ def edit(
 ) -> tuple[Any, ...]:
     """Edit, then compare; lists that were made for another prompt are suggested anew."""
     progress(0.1, desc="Editing")
-    made = session.edit(prompt, target)
+    made = session.edit(prompt, target, editor)
     lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
     session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
     progress(0.4, desc=f"Comparing {len(session.probes)} prompts")
-    shown = screen(session, f"edited in {made.seconds:.2f} s, ")
+    shown = screen(session, f"edited by {editor} in {made.seconds:.2f} s, ")
     return *shown, *filled
 
 
@@ -225,7 +236,7 @@ def load(session: Session, path: str) -> tuple[Any, ...]:
         session.bench = Workbench.load(folder, workbench=session.bench)
     finally:
         shutil.rmtree(folder)
-    session.probes, session.probes_of = (), {}
+    session.probes, session.probes_of, session.overlapping = (), {}, ()
     filled: tuple[str, ...] = ()
     if session.bench.edits:
         filled = _show(session, session.bench.edits[-1])

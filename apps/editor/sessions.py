@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from html import escape
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
 
-from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError
+from workbench import Comparison, Edit, EditError, FineTune, Probe, Workbench, WorkbenchError
+from workbench.editors import Editor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,19 +30,22 @@ class Session:
 
     Args:
         bench: Where model and editor come from.
+        editors: What a user may choose from, by name; None: the bench's, and fine-tuning.
     """
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: Workbench, editors: Mapping[str, Editor] | None = None) -> None:
         self.bench = bench.fork()
+        self.editors = editors or {e.name: e for e in (FineTune(bench.lm), bench.editor)}
         self.lock = threading.RLock()
         self.shown: int | None = None
         self.drawn: tuple[Edit | None] | None = None  # whose figures are on the screen
+        self.overlapping: tuple[int, ...] = ()  # the edits whose overlap is on the screen
         self.probes: tuple[Probe, ...] = ()
         self.probes_of: dict[int, tuple[Probe, ...]] = {}
         self._files: TemporaryDirectory[str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return Session(self.bench)
+        return Session(self.bench, self.editors)
 
     def close(self) -> None:
         """Delete the files written for this user."""
@@ -58,8 +62,16 @@ class Session:
         path.mkdir()
         return path
 
-    def edit(self, prompt: str, target: str) -> Edit:
-        """Make an edit and look at it."""
+    def edit(self, prompt: str, target: str, editor: str | None = None) -> Edit:
+        """Make an edit and look at it.
+
+        Args:
+            prompt: What the model reads.
+            target: What it should say next.
+            editor: Name of one of `editors`; None: the one used last.
+        """
+        if editor is not None:
+            self.bench.editor = self.editors[editor]
         made = self.bench.edit(prompt.strip(), target.strip())
         self.shown = made.id
         return made

@@ -105,7 +105,7 @@ def edit_against_floor(bench: Workbench, rounds: int) -> dict:
     changed = sum(layer.in_features * layer.out_features for layer in bench.editor.layers)
     return figures | {
         "proposal_over_floor": ratio(figures, "proposal", "floor"),
-        "edit_with_trace_over_floor": ratio(figures, "edit", "floor"),
+        "edit_over_floor": ratio(figures, "edit", "floor"),
         "numbers_in_update": edit.update.numbers(),
         "numbers_in_edited_weights": changed,
     }

@@ -29,6 +29,7 @@ __all__ = [
     "Proposal",
     "TrainableEditor",
     "assets_folder",
+    "default_editor_folder",
     "editor_class",
     "editor_names",
     "editor_source",
