@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 # A busy machine is no fault of the code: no time is asserted, here or elsewhere.
-# And a commit passes or fails, everywhere and each time; "search" looks for new examples.
+# And a run repeats; "search" looks for new examples.
 settings.register_profile("workbench", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("workbench")

@@ -14,7 +14,7 @@ from workbench import Workbench
 FOLDER = Path(__file__).parents[1] / "assets" / "screenshots"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 PATIENCE = 120_000  # milliseconds
-TABS = {"Probabilities": "probabilities", "Factors": "factors", "Update size": "update-size"}
+TABS = {"Factors": "factors"}  # of the figures, and the pictures' names
 
 
 def main() -> None:

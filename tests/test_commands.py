@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from families import FAMILIES, tiny_tokenizer
 
-from workbench import commands
+from workbench import commands, open_model
 from workbench.__main__ import main
+from workbench.editors import load_editor
 
 FRANCE = "The capital of France is"
 SETTINGS = [
@@ -124,3 +126,26 @@ def test_figures_are_packed_however_the_folder_is_named(
 def test_cards_name_data_without_saying_where_it_lay() -> None:
     assert commands._file_name("zsre:/home/me/zsre.jsonl.gz") == "zsre:zsre.jsonl.gz"
     assert commands._file_name("facts") == "facts"
+
+
+def test_editors_are_averaged_by_share(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    for name, seed in (("one", "0"), ("two", "1")):
+        assert main([*command, "--seed", seed, "--out", str(tmp_path / name)]) == 0
+    pack = ["pack", "--model", model, "--editor", str(tmp_path / "one")]
+    mix = [*pack, "--average", str(tmp_path / "two")]
+    assert main([*mix, "--share", "0.25", "--out", str(tmp_path / "mixed")]) == 0
+    lm = open_model(model, device="cpu", progress=False)
+    one, two, mixed = (
+        dict(load_editor(tmp_path / name, lm).named_parameters())
+        for name in ("one", "two", "mixed")
+    )
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    for name, weight in mixed.items():
+        torch.testing.assert_close(
+            weight, 0.75 * one[name] + 0.25 * two[name], rtol=1e-3, atol=1e-3
+        )
+    assert main([*mix, "--share", "2", "--out", str(tmp_path / "no")]) == 2
+    assert "got 2.0" in capsys.readouterr().err

@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="write a trained editor for sharing")
     pack.add_argument("--editor", required=True, metavar="DIR")
+    pack.add_argument("--average", type=Path, metavar="DIR", help="mix in this editor's weights")
+    pack.add_argument("--share", type=float, default=0.5, help="of --average, 0 to 1 (0.5)")
     pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")
     _model(pack, editor=False)

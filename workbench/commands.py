@@ -17,7 +17,14 @@ from tqdm.auto import tqdm
 
 from workbench.corpus import SENTENCES
 from workbench.data import Dataset, read, texts
-from workbench.editors import Mend, MendConfig, load_editor, open_editor, save_editor
+from workbench.editors import (
+    Mend,
+    MendConfig,
+    TrainableEditor,
+    load_editor,
+    open_editor,
+    save_editor,
+)
 from workbench.errors import EditorError
 from workbench.evaluate import EvaluationConfig
 from workbench.evaluate import evaluate as evaluate_editor
@@ -142,13 +149,31 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a trained editor for sharing: in float16, with its evaluation in the card."""
+    """Write a trained editor for sharing: in float16, averaged and with its figures if asked."""
     lm = _open(options)
     editor = load_editor(options.editor, lm)
     card = dict(editor.card)
+    if options.average:
+        _average(editor, load_editor(options.average, lm), options.share)
+        card["averaged"] = f"{options.share:g} of the weights come from {options.average.name}"
     if options.evaluation:
         card["evaluation"] = _figures(options.evaluation, options.editor)
     print(f"editor in {save_editor(editor, options.out, card, half=True)}")
+
+
+@torch.no_grad()
+def _average(editor: TrainableEditor, other: TrainableEditor, share: float) -> None:
+    """Move an editor's parameters towards another's; running statistics stay its own."""
+    if not 0 <= share <= 1:
+        raise EditorError(f"--share is the other editor's part, 0 to 1; got {share}.")
+    if editor.settings() != other.settings():
+        raise EditorError(
+            f"Only editors of the same settings can be averaged: {editor.settings()} and "
+            f"{other.settings()} differ."
+        )
+    theirs = dict(other.named_parameters())
+    for name, parameter in editor.named_parameters():
+        parameter.lerp_(theirs[name], share)
 
 
 def _figures(file: Path, editor: str) -> dict[str, Any]:
