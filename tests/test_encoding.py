@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 from workbench.encoding import (
     Tokens,
     collate,
+    length_groups,
     per_sequence_mean,
     sequence_nll,
     tokenize,
@@ -268,3 +270,28 @@ def test_means_over_sequences(causal: LanguageModel) -> None:
     values = torch.arange(len(batch.rows), dtype=torch.float64)
     expected = [values[batch.rows == row].mean() for row in range(batch.size)]
     assert_close(per_sequence_mean(values, batch), torch.stack(expected))
+
+
+# Batches of like lengths
+
+
+def padded(groups: list[list[int]], lengths: list[int], overhead: int) -> int:
+    """What a split costs: tokens with their padding, and passes."""
+    return sum(len(group) * max(lengths[i] for i in group) + overhead for group in groups)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 20))
+def test_texts_are_split_into_the_cheapest_batches(lengths: list[int], overhead: int):
+    texts = [Tokens((0,) * length, (0,)) for length in lengths]
+    groups = length_groups(texts, overhead)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    # Whatever the split, its batches' longest texts bound it: try every assignment.
+    cheapest = min(
+        padded(
+            [[i for i, g in enumerate(names) if g == name] for name in set(names)],
+            lengths,
+            overhead,
+        )
+        for names in product(range(len(lengths)), repeat=len(lengths))
+    )
+    assert padded(groups, lengths, overhead) == cheapest

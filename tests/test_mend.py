@@ -164,7 +164,7 @@ def test_propose_is_the_batched_update_without_its_dead_rows(family: str):
     proposal = editor.propose(requests(editor.lm))
     factors = factors_of(editor)
     with torch.no_grad():
-        batched = editor.update(editor.transform(factors))
+        batched = editor.update(editor.transform(factors), factors)
     assert list(proposal.update) == [layer.name for layer in editor.layers]
     for index, (name, layer) in enumerate(proposal.update.items()):
         live = factors[name].live()
@@ -250,6 +250,44 @@ def test_no_residual_path_without_identity():
     assert not any(p.activation.any() or p.delta.any() for p in editor.transform(factors).values())
 
 
+def test_a_gate_keeps_a_share_of_each_terms_match_with_its_own_input():
+    editor = stirred(editor_for("llama", gate=0.25))
+    factors = factors_of(editor)
+    update = editor.update(editor.transform(factors), factors)
+    assert editor.gate_logits is not None
+    for logit, (name, layer) in zip(editor.gate_logits, update.items(), strict=True):
+        live = factors[name].live()
+        A, own = layer.A[live], factors[name].activation[live]
+        same(layer.thresholds()[live], logit.sigmoid() * (A * own).sum(-1).abs())
+        assert not layer.thresholds()[~live].any()
+
+
+def test_a_proposal_tells_the_layers_steps_and_gates():
+    gated, plain = (
+        editor.propose(requests(editor.lm))
+        for editor in (editor_for("llama", gate=0.25), editor_for("llama"))
+    )
+    assert plain.gates == {}
+    assert gated.gates == pytest.approx(dict.fromkeys(gated.update, 0.25))
+    assert gated.edit_lrs == plain.edit_lrs == pytest.approx(dict.fromkeys(plain.update, 0.01))
+
+
+def test_a_gate_starts_at_its_share():
+    gate_logits = editor_for("llama", gate=0.25).gate_logits
+    assert gate_logits is not None
+    same(gate_logits.sigmoid(), torch.full_like(gate_logits, 0.25))
+    assert editor_for("llama").gate_logits is None
+
+
+def test_a_gate_is_put_on_what_has_been_learned():
+    editor = stirred(editor_for("llama"))
+    gated, factors = editor.gated(0.25), factors_of(editor)
+    ours, theirs = (e.update(e.transform(factors), factors) for e in (editor, gated))
+    assert theirs.gated
+    for name, layer in theirs.items():
+        assert torch.equal(layer.dense(), ours[name].dense())
+
+
 def test_ascent_reverses_the_update():
     descent, ascent = (
         stirred(editor_for("gpt2", ascent=up)).propose(requests(opened("gpt2"))).update
@@ -278,6 +316,7 @@ def test_start_of_V():
         {"blocks": ("decoder:1",), "shared": False, "identity": False},
         {"blocks": {"decoder": [2]}, "matrices": "attention", "inputs": "smaller"},
         {"normalize": False, "ascent": True, "unit_v": True, "inputs": "delta"},
+        {"gate": 0.5},
     ],
 )
 def test_settings_are_json_and_make_the_same_editor(config: dict):
@@ -296,6 +335,8 @@ def test_settings_are_json_and_make_the_same_editor(config: dict):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(EditorError, match="rank must be at least 1; got 0"):
         MendConfig(rank=0)
+    with pytest.raises(EditorError, match=r"0 \(no gate\) to below 1; got 1.0"):
+        MendConfig(gate=1.0)
     with pytest.raises(EditorError, match=r"both, activation, delta, smaller; got 'u'"):
         MendConfig(inputs="u")  # type: ignore[arg-type]
 
@@ -335,8 +376,9 @@ def test_statistics_leave_out_dead_rows():
 
 
 @kinds
-def test_saved_editor_makes_the_same_update_to_the_bit(family: str, tmp_path: Path):
-    editor = stirred(editor_for(family))
+@pytest.mark.parametrize("gate", [0.0, 0.5])
+def test_saved_editor_makes_the_same_update_to_the_bit(family: str, gate: float, tmp_path: Path):
+    editor = stirred(editor_for(family, gate=gate))
     assert save_editor(editor, tmp_path, {"data": "none"}) == tmp_path
     loaded = load_editor(tmp_path, editor.lm)
     assert isinstance(loaded, Mend)
@@ -346,7 +388,9 @@ def test_saved_editor_makes_the_same_update_to_the_bit(family: str, tmp_path: Pa
     for name, layer in ours.items():
         assert torch.equal(layer.A, theirs[name].A)
         assert torch.equal(layer.B, theirs[name].B)
+        assert torch.equal(layer.thresholds(), theirs[name].thresholds())
         assert layer.scale == theirs[name].scale
+        assert bool(layer.thresholds().any()) == bool(gate)
     about = json.loads((tmp_path / "editor.json").read_text())
     assert about["layers"] == [layer.name for layer in editor.layers]
     assert (about["editor"], about["settings"]["rank"]) == ("mend", 4)

@@ -284,7 +284,7 @@ def test_edit_of_two_records(training: SimpleNamespace):
         # The published loss of a batch is one mean over all of its target tokens.
         factors = tap.factors(torch.nn.functional.cross_entropy(logits, batch.targets))
     with torch.no_grad():
-        made = editor.update(editor.transform(factors))
+        made = editor.update(editor.transform(factors), factors)
     for name, layer in made.items():
         close(layer.dense().sum(0), published(f"B/eval/update/{name}.weight"))
         assert factors[name].live().sum() == published(f"B/eval/rows/{name}.weight")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,10 +23,12 @@ from references import (
 )
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import softshrink
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import EditError
+from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import LayerUpdate, Update, stack_sequences
@@ -71,6 +74,34 @@ def test_logits_equal_the_edited_models_in_double(lm64: LanguageModel) -> None:
     inputs, update = batch_for(lm64.model), double_update(lm64)
     expected = logits_of(edited_copy(lm64.model, update), inputs)
     assert_exact(under(lm64, update, inputs), expected)
+
+
+def test_a_gated_update_acts_where_the_input_reaches_its_thresholds(lm64: LanguageModel) -> None:
+    layer, inputs = editable(lm64)[0], batch_for(lm64.model)
+    (plain,) = random_update([layer], size=3.0, dtype=torch.float64).values()
+    read = layer_calls(lm64, layer, None, inputs)[0]
+    limits = (read @ plain.A.T).abs().flatten(0, -2).median(0).values
+    change = replace(plain, threshold=limits)
+    read, wrote = layer_calls(lm64, layer, Update({layer.name: change}), inputs)
+    keyed = read @ change.A.T
+    shrunk = torch.stack([softshrink(keyed[..., t], limits[t].item()) for t in range(2)], -1)
+    assert (shrunk != 0).any()
+    assert (shrunk == 0).any()
+    assert_exact(wrote, layer.module.forward(read) + change.scale * (shrunk @ change.B))
+
+
+def layer_calls(
+    lm: LanguageModel, layer: EditableLayer, update: Update | None, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What a layer reads and writes in a forward pass under an update."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    with overlay(lm.model, update):
+        handle = layer.module.register_forward_hook(
+            lambda module, args, output: seen.append((args[0], output))
+        )
+        logits_of(lm.model, inputs)
+        handle.remove()
+    return seen[0]
 
 
 def test_each_sequence_has_its_own_update(lm64: LanguageModel) -> None:

@@ -274,6 +274,14 @@ def test_bars_are_the_updates_norms(relative):
     assert layout["xaxis"]["categoryarray"] == ["1", "2", "3"]
 
 
+def test_a_layers_gate_is_told_where_it_has_one():
+    trace = with_tokens(("a",))
+    gated = replace(trace, layers=tuple(replace(layer, gate=0.25) for layer in trace.layers))
+    for shown, told in ((trace, False), (gated, True)):
+        bars, _ = sent(plots.update_magnitudes(shown))
+        assert all(("beyond 0.250 of a match" in bar["hovertext"][0]) == told for bar in bars)
+
+
 def test_spectra_are_the_updates_singular_values():
     trace = mend_trace()
     lines, layout = sent(plots.spectra(trace))

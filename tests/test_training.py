@@ -24,6 +24,7 @@ from workbench.encoding import Tokens, tokenize
 from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
+from workbench.overlay import overlay
 from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig, kl
 
 
@@ -133,6 +134,57 @@ def test_step_equals_the_plain_one(family: str):
     compare_with_the_plain_step(editor_for(family))
 
 
+def gated_step(editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig) -> Tensor:
+    """The total loss in one undivided graph: each text alone, whole model, under its edit."""
+    lm, losses = editor.lm, []
+    for edit in edits:
+        with capture(editor.layers) as tap:
+            loss = cross_entropy(plain_logits(lm, edit.edit, {}), torch.tensor(edit.edit.targets))
+            factors = tap.factors(loss)
+        with overlay(lm.model, editor.update(editor.transform(factors), factors)):
+            nll = [
+                cross_entropy(plain_logits(lm, text, {}), torch.tensor(text.targets))
+                for text in edit.equivalents
+            ]
+            edited = [plain_logits(lm, text, {}).log_softmax(-1) for text in edit.locality]
+        base = [plain_logits(lm, text, {}).log_softmax(-1) for text in edit.locality]
+        kept = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(base, edited, strict=True)]
+        losses.append((nll, kept))
+    nll, kept = ([loss for part in parts for loss in part] for parts in zip(*losses, strict=True))
+    return config.c_edit * torch.stack(nll).mean() + config.c_locality * torch.stack(kept).mean()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_step_with_a_gate_equals_the_undivided_one(family: str):
+    editor = editor_for(family, gate=0.3, edit_lr=0.1)
+    edits, config = edits_for(editor.lm), TrainingConfig(c_edit=0.3, c_locality=2.0)
+    stirred(editor, edits)
+    total = gated_step(editor, edits, config)
+    total.backward()
+    slopes = gradients(editor)
+    assert slopes["gate_logits"].abs().min() > 0
+    assert MetaStep(editor, config).losses(edits).total == pytest.approx(total.item(), rel=1e-5)
+    for name, slope in gradients(editor).items():
+        atol = 1e-4 * slopes[name].abs().max().item()
+        torch.testing.assert_close(slope, slopes[name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.3])
+def test_a_step_in_chunks_is_the_whole_one(gate: float):
+    editor = editor_for("llama", gate=gate)
+    edits = edits_for(editor.lm)
+    stirred(editor, edits)
+    found = []
+    for chunk in (3, 2, 1):
+        losses = MetaStep(editor, TrainingConfig(chunk=chunk)).losses(edits)
+        found.append((asdict(losses), gradients(editor)))
+    for losses, slopes in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-6)
+        for name, slope in found[0][1].items():
+            atol = 1e-6 * slope.abs().max().item()
+            torch.testing.assert_close(slopes[name], slope, rtol=0, atol=atol)
+
+
 def test_step_on_attention_equals_the_plain_one_in_float64():
     lm = language_model("llama")
     lm.model.double()
@@ -172,10 +224,10 @@ def test_logits_are_computed_where_they_are_needed_only(family: str):
     handle = head.register_forward_hook(count)
     MetaStep(editor.train(), TrainingConfig()).losses(edits)
     handle.remove()
-    read = [text for edit in edits for text in (*edit.equivalents, *edit.locality)]
+    # Once for the edits' own losses and the equivalents, before and after for what must not change.
+    texts = [text for edit in edits for text in (edit.edit, *edit.equivalents, *edit.locality)]
     watched = [text for edit in edits for text in edit.locality]
-    wanted = [[edit.edit for edit in edits], read, watched]
-    assert rows == [sum(len(text.targets) for text in texts) for texts in wanted]
+    assert sum(rows) == sum(len(text.targets) for text in (*texts, *watched))
 
 
 @property_settings(deadline=None)
@@ -188,6 +240,18 @@ def test_kl_is_that_of_the_definition(logits: list[list[float]]):
         found, (p * (p.log() - q.log())).sum()[None], rtol=1e-4, atol=1e-4, check_dtype=False
     )
     assert kl(base[None], base[None]).item() == 0
+
+
+def test_kl_has_the_gradient_of_the_definition():
+    base, edited = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 3
+    ours, theirs = edited.clone().requires_grad_(), edited.clone().requires_grad_()
+    weights = torch.tensor([1.0, 2.0, -0.5])
+    (kl(base, ours) * weights).sum().backward()
+    plain = kl_div(
+        theirs.log_softmax(-1), base.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("ascent", [False, True])

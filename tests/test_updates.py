@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import softshrink
 from torch.testing import assert_close
 
 from workbench.errors import EditError
@@ -253,6 +255,71 @@ def test_factors_that_do_not_fit_are_refused(A: tuple[int, ...], B: tuple[int, .
 def test_changes_of_other_matrices_do_not_add_up(other: LayerUpdate) -> None:
     with pytest.raises(EditError, match="do not add up"):
         LayerUpdate.sum((layer_update(2, 5, 3), other))
+
+
+# Gates
+
+
+def gated(seed: int, rank: int = 3, lead: tuple[int, ...] = ()) -> LayerUpdate:
+    thresholds = draw(*lead, rank, seed=seed + 5).abs()
+    return replace(layer_update(rank, 5, 4, seed, lead), threshold=thresholds)
+
+
+def effect(layer: LayerUpdate, inputs: Tensor) -> Tensor:
+    """What an unbatched change adds for each row of inputs, term by term."""
+    added = torch.zeros(len(inputs), layer.B.shape[-1], dtype=inputs.dtype)
+    for A, B, threshold in zip(layer.A, layer.B, layer.thresholds(), strict=True):
+        added += torch.outer(softshrink(inputs @ A, threshold.item()), B)
+    return layer.scale * added
+
+
+@laws
+@given(st.integers(0, 100))
+def test_a_gated_term_acts_beyond_its_threshold(seed: int) -> None:
+    layer, inputs = gated(seed), draw(7, 4, seed=seed + 9)
+    expected = effect(layer, inputs)
+    assert not torch.allclose(expected, inputs @ layer.dense().mT)
+    for same_change in (layer, layer.folded(), -(layer * -1.0), layer.map(Tensor.clone)):
+        assert_close(same_change.apply(inputs), expected)
+
+
+def test_below_every_threshold_nothing_is_added() -> None:
+    layer, inputs = gated(1), draw(7, 4, seed=2)
+    limit = (inputs @ layer.A.mT).abs().amax(0)
+    assert not replace(layer, threshold=limit).apply(inputs).any()
+
+
+def test_a_gate_at_zero_is_no_gate_to_the_bit() -> None:
+    layer, inputs = layer_update(3, 5, 4), draw(7, 4, seed=2)
+    at_zero = replace(layer, threshold=layer.thresholds())
+    assert torch.equal(at_zero.apply(inputs), layer.apply(inputs))
+
+
+def test_gated_and_plain_changes_add_up() -> None:
+    parts, inputs = (gated(1), layer_update(2, 5, 4, seed=3), gated(4)), draw(7, 4, seed=2)
+    expected = sum(effect(part, inputs) for part in parts)
+    assert_close(LayerUpdate.sum(parts).apply(inputs), expected)
+
+
+def test_each_sequence_has_its_own_gates() -> None:
+    one, two, inputs = gated(1), layer_update(2, 5, 4, seed=3), draw(3, 7, 4, seed=2)
+    stacked = stack_sequences([Update({"a": part}) if part else None for part in (one, None, two)])
+    expected = effect(one, inputs[0]), torch.zeros(7, 5, dtype=inputs.dtype), effect(two, inputs[2])
+    assert stacked.gated
+    assert_close(stacked["a"].apply(inputs), torch.stack(expected))
+
+
+def test_what_a_gated_change_cannot_be_is_refused() -> None:
+    with pytest.raises(EditError, match="cannot be compressed"):
+        gated(1).compress(2)
+    with pytest.raises(EditError, match=r"one threshold a term, \(3,\); got \(2,\)"):
+        replace(layer_update(3, 5, 4), threshold=torch.zeros(2))
+
+
+def test_a_threshold_that_is_not_finite_is_seen() -> None:
+    layer = gated(1)
+    assert Update({"a": layer}).is_finite()
+    assert not Update({"a": replace(layer, threshold=layer.thresholds() / 0)}).is_finite()
 
 
 @pytest.mark.parametrize("rank", [0, -1])

@@ -101,7 +101,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _new_editor(lm: LanguageModel, options: argparse.Namespace, seed: int) -> Mend:
-    """A fresh editor, or a copy of the one that training starts from."""
+    """A fresh editor, or a copy of the one that training starts from, given a gate if asked."""
     settings = settings_of(MendConfig, options)
     if not options.start:
         torch.manual_seed(seed)
@@ -110,6 +110,8 @@ def _new_editor(lm: LanguageModel, options: argparse.Namespace, seed: int) -> Me
     if not isinstance(editor, Mend):
         raise EditorError(f"{options.start} holds a {editor.name!r} editor; --start takes MEND's.")
     other = {k: v for k, v in settings.items() if getattr(editor.config, k) != v}
+    if other.keys() == {"gate"} and not editor.config.gate:
+        return editor.gated(other["gate"])
     if other:
         raise EditorError(
             f"{options.start} was trained with other editor settings than {other}. Leave them out "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -150,6 +151,38 @@ def collate(lm: LanguageModel, texts: Sequence[Tokens]) -> Batch:
         {name: tensor.to(device) for name, tensor in inputs.items()},
         *(torch.tensor(values, device=device) for values in (rows, flat, targets)),
     )
+
+
+def passes(lm: LanguageModel, texts: Sequence[Tokens]) -> list[list[int]]:
+    """Split texts into batches, by index: those that the model's device runs through fastest."""
+    return length_groups(texts, 96 if lm.device.type == "cpu" else 4096)
+
+
+def length_groups(texts: Sequence[Tokens], overhead: int) -> list[list[int]]:
+    """Split texts into batches of like lengths, so that little padding is computed.
+
+    Args:
+        texts: At least one.
+        overhead: What one more forward pass costs, in tokens.
+
+    Returns:
+        Indices of each batch's texts; the cheapest split, by padded tokens and passes.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    ends = [  # a batch of the best split ends where a length does
+        end
+        for end in range(1, len(order) + 1)
+        if end == len(order) or len(texts[order[end]].ids) > len(texts[order[end - 1]].ids)
+    ]
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for end in ends:
+        longest = len(texts[order[end - 1]].ids)
+        best[end] = min(
+            (cost + (end - start) * longest + overhead, [*cuts, end])
+            for start, (cost, cuts) in best.items()
+        )
+    cuts = [0, *best[len(order)][1]]
+    return [order[start:end] for start, end in pairwise(cuts)]
 
 
 def _pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -300,6 +300,7 @@ def _layer_hover(layer: LayerTrace) -> str:
     lines = [layer.name, f"‖ΔW‖ = {layer.update_norm:.6g}, ‖W‖ = {layer.weight_norm:.6g}"]
     lines += [f"‖ΔW‖ / ‖W‖ = {layer.relative_norm:.6g}, rank {len(layer.spectrum)}"]
     lines += [f"edit_lr α = {layer.edit_lr:.6g}"] if layer.edit_lr is not None else []
+    lines += [f"gate: beyond {layer.gate:.3f} of a match"] if layer.gate is not None else []
     return "<br>".join(lines)
 
 

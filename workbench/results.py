@@ -37,6 +37,7 @@ class LayerTrace:
         weight_norm: Frobenius norm of W.
         spectrum: Singular values of dW, largest first (numerical zeros left out).
         edit_lr: The layer's step size alpha; None where the editor has none.
+        gate: Share of a term's match with its own input beyond which it acts; likewise.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerTrace:
     weight_norm: float
     spectrum: tuple[float, ...]
     edit_lr: float | None
+    gate: float | None = None
 
     @property
     def relative_norm(self) -> float:
@@ -202,6 +204,7 @@ def _layer_trace(layer: EditableLayer, proposal: Proposal, lengths: Sequence[int
         weight_norm=layer.weight_norm(),
         spectrum=_floats(spectrum[spectrum > 1e-6 * spectrum[:1]]),
         edit_lr=proposal.edit_lrs.get(name),
+        gate=proposal.gates.get(name),
     )
 
 

@@ -92,6 +92,8 @@ def write_session(
             tensors[f"{place}.A.{name}"] = layer.A.contiguous()
             tensors[f"{place}.B.{name}"] = layer.B.contiguous()
             tensors[f"{place}.scale.{name}"] = torch.tensor(float(layer.scale), dtype=torch.float64)
+            if layer.threshold is not None:
+                tensors[f"{place}.threshold.{name}"] = layer.threshold.contiguous()
         listed.append(
             {
                 "requests": as_json(edit.requests),
@@ -143,6 +145,7 @@ def _edit(place: int, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> Sa
                 tensors[f"{place}.A.{name}"],
                 tensors[f"{place}.B.{name}"],
                 tensors[f"{place}.scale.{name}"].item(),
+                tensors.get(f"{place}.threshold.{name}"),
             )
             for name in names
         }

@@ -84,14 +84,13 @@ class Trainer:
         self._looks = [self.sampler.texts(e, chooser) for e in validation[: config.validation]]
         self._card, self._on_step = card or {}, on_step
         alpha_lr = config.lr if config.one_alpha_optimizer else config.edit_lr_lr
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": list(editor.networks.parameters()), "base_lr": config.lr},
-                {"params": [editor.edit_lrs], "base_lr": alpha_lr},
-            ],
-            lr=config.lr,
-            fused=True,
-        )
+        groups = [
+            {"params": list(editor.networks.parameters()), "base_lr": config.lr},
+            {"params": [editor.edit_lrs], "base_lr": alpha_lr},
+        ]
+        if editor.gate_logits is not None:
+            groups.append({"params": [editor.gate_logits], "base_lr": config.gate_lr})
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.progress = Progress()
         # Health compares the edit losses of two windows: the first steps and the latest.
         self._window, self._health_at = min(50, config.health_after // 2), config.health_after

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,17 @@ from workbench.encoding import (
     Batch,
     Tokens,
     collate,
+    passes,
     per_sequence_mean,
     sequence_nll,
     tokenize,
     tokenize_text,
 )
 from workbench.errors import EditError, EditorError
-from workbench.factors import capture
+from workbench.factors import Factors, capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.updates import LayerUpdate, Update
+from workbench.updates import Update
 from workbench.views import Trunk, TrunkCache
 
 
@@ -39,6 +41,7 @@ class TrainingConfig:
         batch: Edits in one step, all captured, transformed and scored together.
         lr: Adam's learning rate for the networks.
         edit_lr_lr: Adam's learning rate for the layers' alphas.
+        gate_lr: Adam's learning rate for the logits of a gated editor's shares.
         c_edit: Weight of the edit loss (0.1 in the paper).
         c_locality: Weight of the locality loss.
         clip: Largest gradient norm.
@@ -58,6 +61,9 @@ class TrainingConfig:
             (with batch 1 and accumulation, one example more).
         reset_statistics: As the published code: a resumed run gathers its running statistics anew.
         accumulate: Batches whose gradients are averaged into one step.
+        chunk: Edits whose graph through the editor is held at a time. In a larger batch the
+            editor runs again, chunk by chunk, against the gradient of its factors, so that
+            memory for it does not grow with the batch.
         cache_gb: Memory for hidden states of the constant lower part. 0: they are computed each
             time, and a resumed run then equals an unbroken one to the bit, not only to rounding.
         health_after: Step at which training stops if the edit loss has not fallen; 0: never.
@@ -67,6 +73,7 @@ class TrainingConfig:
     batch: int = 10
     lr: float = 1e-6
     edit_lr_lr: float = 1e-4
+    gate_lr: float = 1e-2
     c_edit: float = 0.1
     c_locality: float = 1.0
     clip: float = 100.0
@@ -85,11 +92,12 @@ class TrainingConfig:
     late_first_step: bool = False
     reset_statistics: bool = False
     accumulate: int = 1
+    chunk: int = 32
     cache_gb: float = 2.0
     health_after: int = 300
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch", "accumulate", "equivalents", "text_tokens")
+        counts = ("steps", "batch", "accumulate", "chunk", "equivalents", "text_tokens")
         for name in (*counts, "save_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise EditorError(f"{name} must be at least 1; got {getattr(self, name)}.")
@@ -223,73 +231,144 @@ class MetaStep:
 
         An editor in training mode takes the rows into its running statistics first.
         """
-        lm, editor, config = self.lm, self.editor, self.config
-        texts = [edit.edit for edit in edits]
-        batch = collate(lm, texts)
-        hidden = self.cache.hidden(texts)
-        with capture(editor.layers) as tap:
-            nll = sequence_nll(self.trunk.logits(batch, hidden), batch)
-            factors = tap.factors(nll.sum(), batch.size)
+        editor, config = self.editor, self.config
+        factors, before = self._capture([edit.edit for edit in edits])
+        whole = len(edits) <= config.chunk
+        with torch.set_grad_enabled(backward and whole):
+            pseudofactors = editor.transform(factors, gather=editor.training)
+            made = editor.update(pseudofactors, factors).folded()
+        leaves = made.map(lambda tensor: tensor.detach().requires_grad_(backward))
+        if not whole:
+            del pseudofactors, made
         with torch.set_grad_enabled(backward):
-            made = editor.update(editor.transform(factors, gather=editor.training))
-            folded = {name: layer.folded() for name, layer in made.items()}
-        leaves = {
-            name: (
-                layer.A.detach().requires_grad_(backward),
-                layer.B.detach().requires_grad_(backward),
-            )
-            for name, layer in folded.items()
-        }
-        with torch.set_grad_enabled(backward):
-            edit_loss, locality, success = self._outer(edits, leaves)
-            total = config.c_edit * edit_loss + config.c_locality * locality
+            edit_loss, success = self._equivalents(edits, leaves)
+            locality = self._locality(edits, leaves)
         if backward:
-            total.backward()
-            made_flat = [t for layer in folded.values() for t in (layer.A, layer.B)]
-            leaf_flat = [leaf for pair in leaves.values() for leaf in pair]
-            pairs = [
-                (m, leaf.grad)
-                for m, leaf in zip(made_flat, leaf_flat, strict=True)
-                if m.requires_grad
-            ]
-            torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
-        return StepLosses(
-            edit_loss.item(), nll.mean().item(), locality.item(), total.item(), success.item()
-        )
+            slopes = [leaf.grad for leaf in leaves.tensors()]
+            if whole:
+                _backward(made, slopes)
+            else:
+                self._chunked_backward(factors, slopes)
+        total = config.c_edit * edit_loss + config.c_locality * locality
+        return StepLosses(edit_loss, before, locality, total, success)
 
-    def _outer(
-        self, edits: Sequence[EditTexts], leaves: dict[str, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = [(row, t) for row, edit in enumerate(edits) for t in edit.equivalents]
-        kept = [(row, t) for row, edit in enumerate(edits) for t in edit.locality]
-        texts = [text for _, text in (*wanted, *kept)]
-        owner = torch.tensor([row for row, _ in (*wanted, *kept)], device=self.lm.device)
-        batch = collate(self.lm, texts)
-        hidden = self.cache.hidden(texts)
-        update = Update({name: LayerUpdate(A[owner], B[owner]) for name, (A, B) in leaves.items()})
-        with overlay(self.lm.model, update):
-            logits = self.trunk.logits(batch, hidden)
-        split = int((batch.rows < len(wanted)).sum())
-        good = _rows(batch, 0, len(wanted), split)
-        edit_loss = sequence_nll(logits[:split], good).mean()
-        right = (logits[:split].argmax(-1) == good.targets).float()
-        success = (per_sequence_mean(right, good) == 1).float().mean()
-        if not kept:
-            return edit_loss, edit_loss.new_zeros(()), success
-        rest = _rows(batch, len(wanted), len(kept), split)
-        finals = self.cache.finals([text for _, text in kept])
-        divergence = kl(self.trunk.base_logits(finals).to(logits.device), logits[split:])
-        return edit_loss, per_sequence_mean(divergence, rest).mean(), success
+    def _capture(self, texts: Sequence[Tokens]) -> tuple[dict[str, Factors], float]:
+        """Factors of each text's own loss, `(batch, tokens, width)`, and the mean loss."""
+        parts, losses = [], []
+        for places in passes(self.lm, texts):
+            batch, hidden = self._batch([texts[place] for place in places])
+            with capture(self.editor.layers) as tap:
+                nll = sequence_nll(self.trunk.logits(batch, hidden), batch)
+                parts.append((places, tap.factors(nll.sum(), batch.size)))
+            losses.append(nll.detach())
+        return _joined(parts, len(texts)), torch.cat(losses).mean().item()
+
+    def _equivalents(self, edits: Sequence[EditTexts], leaves: Update) -> tuple[float, float]:
+        """Mean loss of the equivalents under their edits, and the share that is exact.
+
+        Where the leaves want gradient, that of the weighted loss is added to theirs: one batch
+        at a time, so that one batch's logits are held at a time.
+        """
+        texts, owners = _owned([edit.equivalents for edit in edits])
+        losses, exact = [], []
+        for places in passes(self.lm, texts):
+            batch, hidden = self._batch([texts[place] for place in places])
+            logits = self._edited(batch, hidden, leaves, owners[places])
+            nll = sequence_nll(logits, batch)
+            if nll.requires_grad:
+                (self.config.c_edit / len(texts) * nll.sum()).backward()
+            right = (logits.detach().argmax(-1) == batch.targets).float()
+            losses.append(nll.detach())
+            exact.append((per_sequence_mean(right, batch) == 1).float())
+        return torch.cat(losses).mean().item(), torch.cat(exact).mean().item()
+
+    def _locality(self, edits: Sequence[EditTexts], leaves: Update) -> float:
+        """Mean KL(original || edited) of what must not change; gradients as `_equivalents`."""
+        texts, owners = _owned([edit.locality for edit in edits])
+        losses = []
+        for places in passes(self.lm, texts) if texts else ():
+            batch, hidden = self._batch([texts[place] for place in places])
+            base = self.trunk.base_logits(self.cache.finals([texts[place] for place in places]))
+            logits = self._edited(batch, hidden, leaves, owners[places])
+            divergence = per_sequence_mean(kl(base.to(logits.device), logits), batch)
+            if divergence.requires_grad:
+                (self.config.c_locality / len(texts) * divergence.sum()).backward()
+            losses.append(divergence.detach())
+        return torch.cat(losses).mean().item() if losses else 0.0
+
+    def _batch(self, texts: Sequence[Tokens]) -> tuple[Batch, Tensor | None]:
+        return collate(self.lm, texts), self.cache.hidden(texts)
+
+    def _edited(
+        self, batch: Batch, hidden: Tensor | None, leaves: Update, owners: Tensor
+    ) -> Tensor:
+        """Logits at the targets, each text under the edit that owns it."""
+        owners = owners.to(self.lm.device)
+        with overlay(self.lm.model, leaves.map(lambda tensor: tensor[owners.to(tensor.device)])):
+            return self.trunk.logits(batch, hidden)
+
+    def _chunked_backward(
+        self, factors: Mapping[str, Factors], slopes: Sequence[Tensor | None]
+    ) -> None:
+        """Run the editor once more, some edits at a time, against the gradient of its update."""
+        size, count = self.config.chunk, len(next(iter(factors.values())).delta)
+        for part in (slice(first, first + size) for first in range(0, count, size)):
+            some = {n: Factors(f.activation[part], f.delta[part]) for n, f in factors.items()}
+            with torch.enable_grad():
+                made = self.editor.update(self.editor.transform(some), some).folded()
+            _backward(made, [slope if slope is None else slope[part] for slope in slopes])
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(base || edited), its gradient softmax(edited) - softmax(base) made in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
+        difference, after = log_softmax(base.float(), -1), log_softmax(edited.float(), -1)
+        before = difference.exp()
+        difference -= after
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(after.exp_().sub_(before))
+        return torch.linalg.vecdot(before, difference)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * slopes[0].unsqueeze(-1)
 
 
 def kl(base: Tensor, edited: Tensor) -> Tensor:
     """KL(base || edited) of next-token distributions, nats, `(n, vocabulary)` -> `(n,)`."""
-    reference = log_softmax(base.float(), -1)
-    return (reference.exp() * (reference - log_softmax(edited.float(), -1))).sum(-1)
+    return _Divergence.apply(base, edited)  # type: ignore[no-any-return]
 
 
-def _rows(batch: Batch, first: int, count: int, split: int) -> Batch:
-    """The part of a batch's targets that belongs to `count` sequences from `first` on."""
-    part = slice(0, split) if first == 0 else slice(split, None)
-    inputs = {"input_ids": batch.inputs["input_ids"][first : first + count]}
-    return Batch(inputs, batch.rows[part] - first, batch.columns[part], batch.targets[part])
+def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:
+    """Send the gradient of an update's tensors on into the editor that made it."""
+    pairs = [pair for pair in zip(made.tensors(), slopes, strict=True) if pair[0].requires_grad]
+    torch.autograd.backward([tensor for tensor, _ in pairs], [slope for _, slope in pairs])
+
+
+def _owned(texts: Sequence[Sequence[Tokens]]) -> tuple[list[Tokens], Tensor]:
+    """All edits' texts in a row, and the edit that each belongs to."""
+    owners = [owner for owner, some in enumerate(texts) for _ in some]
+    return [text for some in texts for text in some], torch.tensor(owners, dtype=torch.long)
+
+
+def _joined(
+    parts: Sequence[tuple[list[int], dict[str, Factors]]], count: int
+) -> dict[str, Factors]:
+    """The factors of several batches as those of one, padded with zero rows."""
+    if len(parts) == 1 and parts[0][0] == list(range(count)):
+        return parts[0][1]
+    joined = {}
+    for name in parts[0][1]:
+        sides = []
+        for side in ("activation", "delta"):
+            pieces = [(places, getattr(factors[name], side)) for places, factors in parts]
+            longest = max(piece.shape[1] for _, piece in pieces)
+            whole = pieces[0][1].new_zeros(count, longest, pieces[0][1].shape[-1])
+            for places, piece in pieces:
+                whole[places, : piece.shape[1]] = piece
+            sides.append(whole)
+        joined[name] = Factors(*sides)
+    return joined

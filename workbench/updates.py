@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,15 @@ from workbench.errors import EditError
 class LayerUpdate:
     """A change of one weight matrix, `dW = scale * B^T A` (out x in), applied as `W + dW`.
 
+    With a threshold the change is gated: on an input x, term t acts through `A_t x` shrunk towards
+    0 by its threshold, and not at all where `|A_t x|` is below it. Such a change is no change of
+    the weights; norms, spectrum and products are those of `dW`, where every term acts in full.
+
     Args:
         A: Input-side factor, `(..., rank, in)`; for MEND the pseudoactivations.
         B: Output-side factor, `(..., rank, out)`; for MEND the pseudodeltas.
         scale: Signed step, a float or a 0-d tensor; for MEND minus the layer's `edit_lr`.
+        threshold: Of each term, `(..., rank)`, at least 0; None: 0, as in a change of weights.
 
     A leading axis, where there is one, holds a different update for each sequence of a batch.
     """
@@ -26,6 +31,7 @@ class LayerUpdate:
     A: Tensor
     B: Tensor
     scale: float | Tensor = 1.0
+    threshold: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.A.shape[:-1] != self.B.shape[:-1] or self.A.dim() not in (2, 3):
@@ -33,6 +39,11 @@ class LayerUpdate:
                 f"The factors of an update must share their leading axes, (rank, in) and "
                 f"(rank, out) or (batch, rank, in) and (batch, rank, out); got A "
                 f"{tuple(self.A.shape)} and B {tuple(self.B.shape)}."
+            )
+        if self.threshold is not None and self.threshold.shape != self.A.shape[:-1]:
+            raise EditError(
+                f"A gated update has one threshold a term, {tuple(self.A.shape[:-1])}; got "
+                f"{tuple(self.threshold.shape)}."
             )
 
     @classmethod
@@ -52,8 +63,21 @@ class LayerUpdate:
         """Number of rank-1 terms; the matrix rank can be lower."""
         return self.A.shape[-2]
 
+    def apply(self, inputs: Tensor) -> Tensor:
+        """What the change adds to the layer's output, `(..., tokens, in)` -> `(..., tokens, out)`.
+
+        Args:
+            inputs: The layer's inputs; leading axes as the factors' or none.
+        """
+        keyed = inputs @ self.A.mT
+        if self.threshold is not None:
+            # Soft thresholding (Donoho 1995): continuous, and the identity at threshold 0.
+            limit = self.threshold.unsqueeze(-2)
+            keyed = keyed - keyed.clamp(-limit, limit)
+        return self.scale * (keyed @ self.B)
+
     def dense(self) -> Tensor:
-        """The change as a matrix, `(..., out, in)`."""
+        """The change as a matrix, `(..., out, in)`, the threshold left out."""
         return self.scale * (self.B.mT @ self.A)
 
     def norm(self) -> Tensor:
@@ -81,8 +105,13 @@ class LayerUpdate:
         """The nearest update of at most `rank` terms (truncated SVD, Eckart-Young).
 
         Raises:
-            EditError: `rank` is below 1.
+            EditError: `rank` is below 1, or the change is gated: its terms cannot be mixed.
         """
+        if self.threshold is not None:
+            raise EditError(
+                "A gated update cannot be compressed: each of its terms has a threshold of its "
+                "own. Edit with an editor without a gate, or keep the update as it is."
+            )
         if rank < 1:
             raise EditError(f"An update is compressed to at least 1 term a layer; got {rank}.")
         q_a, q_b, core = self._core()
@@ -94,7 +123,7 @@ class LayerUpdate:
         )
 
     def __mul__(self, factor: float) -> LayerUpdate:
-        return LayerUpdate(self.A, self.B, self.scale * factor)
+        return replace(self, scale=self.scale * factor)
 
     __rmul__ = __mul__
 
@@ -102,12 +131,15 @@ class LayerUpdate:
         return self * -1.0
 
     def folded(self) -> LayerUpdate:
-        """The same change with scale 1: the step multiplied into the narrower factor."""
+        """The same change with scale 1: the step multiplied into one factor.
+
+        The narrower one; with thresholds B, since what they are compared with must stay.
+        """
         if isinstance(self.scale, float) and self.scale == 1.0:
             return self
-        if self.A.shape[-1] <= self.B.shape[-1]:
+        if self.A.shape[-1] <= self.B.shape[-1] and self.threshold is None:
             return LayerUpdate(self.A * self.scale, self.B)
-        return LayerUpdate(self.A, self.B * self.scale)
+        return LayerUpdate(self.A, self.B * self.scale, threshold=self.threshold)
 
     @classmethod
     def sum(cls, layers: Sequence[LayerUpdate]) -> LayerUpdate:
@@ -125,18 +157,25 @@ class LayerUpdate:
                 f"of sequences if there is one, must agree. Add updates of one model and batch."
             )
         folded = [layer.folded() for layer in layers]
+        gated = any(layer.threshold is not None for layer in folded)
         return cls(
             torch.cat([layer.A for layer in folded], -2),
             torch.cat([layer.B for layer in folded], -2),
+            threshold=torch.cat([layer.thresholds() for layer in folded], -1) if gated else None,
         )
+
+    def thresholds(self) -> Tensor:
+        """The threshold of each term, `(..., rank)`; 0 where there is no gate."""
+        return self.A.new_zeros(self.A.shape[:-1]) if self.threshold is None else self.threshold
 
     def __add__(self, other: LayerUpdate) -> LayerUpdate:
         return LayerUpdate.sum((self, other))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerUpdate:
-        """Apply a function to both factors (a move to a device, a dtype, a slice)."""
+        """Apply a function to every tensor (a move to a device, a dtype, a slice of the terms)."""
         scale = function(self.scale) if isinstance(self.scale, Tensor) else self.scale
-        return LayerUpdate(function(self.A), function(self.B), scale)
+        threshold = None if self.threshold is None else function(self.threshold)
+        return LayerUpdate(function(self.A), function(self.B), scale, threshold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +263,23 @@ class Update(Mapping[str, LayerUpdate]):
         return all(
             bool(torch.as_tensor(part).isfinite().all())
             for layer in self.values()
-            for part in (layer.A, layer.B, layer.scale)
+            for part in (layer.A, layer.B, layer.scale, layer.thresholds())
         )
+
+    def folded(self) -> Update:
+        """The same change with every layer's scale 1."""
+        return Update({name: layer.folded() for name, layer in self.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """Every factor, threshold and tensor scale, layer by layer in a fixed order."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    @property
+    def gated(self) -> bool:
+        """Whether some layer has thresholds, so that this is no change of the weights."""
+        return any(layer.threshold is not None for layer in self.values())
 
     def numbers(self) -> int:
         """How many numbers the factors hold: `rank * (in + out)` a layer."""
@@ -254,8 +308,12 @@ def stack_sequences(updates: Sequence[Update | None]) -> Update:
         rank = max(layer.rank for layer in folded if layer is not None)
         A = model.A.new_zeros(len(updates), rank, model.A.shape[-1])
         B = model.B.new_zeros(len(updates), rank, model.B.shape[-1])
+        gated = any(layer is not None and layer.threshold is not None for layer in folded)
+        threshold = A.new_zeros(len(updates), rank) if gated else None
         for row, layer in enumerate(folded):
             if layer is not None:
                 A[row, : layer.rank], B[row, : layer.rank] = layer.A, layer.B
-        stacked[name] = LayerUpdate(A, B)
+                if threshold is not None:
+                    threshold[row, : layer.rank] = layer.thresholds()
+        stacked[name] = LayerUpdate(A, B, threshold=threshold)
     return Update(stacked)

@@ -262,7 +262,7 @@ def _at_targets(model: nn.Module, batch: Batch, kind: str) -> Tensor:
         return model(**batch.inputs).logits[batch.rows]
     reset = _positions.set((batch.rows, batch.columns))
     try:
-        return model(**batch.inputs, use_cache=False).logits[0]
+        return model(**batch.inputs, use_cache=False).logits.squeeze(0)
     finally:
         _positions.reset(reset)
 

@@ -36,7 +36,7 @@ class ReferenceLoop:
         """One example's total loss; its gradient is added to the editor's parameters."""
         self.model.requires_grad_(True)
         factors = self._factors(edit.edit)
-        update = self.editor.update(self.editor.transform(factors))
+        update = self.editor.update(self.editor.transform(factors), factors)
         weights = {
             f"{name}.weight": self.model.get_parameter(f"{name}.weight").detach() + layer.dense()[0]
             for name, layer in update.items()

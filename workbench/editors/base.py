@@ -43,6 +43,7 @@ class Proposal:
         pseudofactors: Layer name -> pseudoactivations and pseudodeltas of the same shapes; None
             for editors that do not transform factors.
         edit_lrs: Layer name -> the layer's step size; empty where an editor has none.
+        gates: Layer name -> the share of its own match beyond which a term acts; likewise.
     """
 
     update: Update
@@ -51,6 +52,7 @@ class Proposal:
     factors: Mapping[str, Factors]
     pseudofactors: Mapping[str, Factors] | None = None
     edit_lrs: Mapping[str, float] = field(default_factory=dict)
+    gates: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

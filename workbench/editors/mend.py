@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -43,6 +43,9 @@ class MendConfig:
             the "delta", or only the "smaller" of the two; the other one passes as it is.
         ascent: As the published code: the update is added, so that training starts uphill.
         unit_v: As the published code: V starts at standard deviation 1, not Xavier.
+        gate: A term of an edit acts only on inputs that match its pseudoactivation well enough:
+            beyond a share of its match with the edit's own input, which each layer learns. This
+            is where the share starts; 0: no gate (the paper). Gated updates are no LoRA.
     """
 
     rank: int = 1920
@@ -55,10 +58,13 @@ class MendConfig:
     inputs: Inputs = "both"
     ascent: bool = False
     unit_v: bool = False
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise EditorError(f"rank must be at least 1; got {self.rank}.")
+        if not 0 <= self.gate < 1:
+            raise EditorError(f"gate is a share, 0 (no gate) to below 1; got {self.gate}.")
         if self.inputs not in get_args(Inputs):
             raise EditorError(
                 f"inputs must be one of {', '.join(get_args(Inputs))}; got {self.inputs!r}."
@@ -230,6 +236,10 @@ class Mend(TrainableEditor):
             }
         )
         self.edit_lrs = nn.Parameter(torch.full((len(self.layers),), self.config.edit_lr))
+        self.gate_logits: nn.Parameter | None = None
+        if self.config.gate:
+            shares = torch.full((len(self.layers),), self.config.gate)
+            self.gate_logits = nn.Parameter(shares.logit())
         self.to(lm.device)
 
     @property
@@ -257,35 +267,51 @@ class Mend(TrainableEditor):
             found.update(zip((layer.name for layer in group), parts, strict=True))
         return {layer.name: found[layer.name] for layer in self.layers}
 
-    def update(self, pseudofactors: Mapping[str, Factors]) -> Update:
+    def update(
+        self, pseudofactors: Mapping[str, Factors], factors: Mapping[str, Factors]
+    ) -> Update:
         """`dW = -edit_lr * sum_t pseudodelta_t pseudoactivation_t^T`, one for each sequence.
+
+        With a gate, term t acts on an input x as far as `|pseudoactivation_t x|` exceeds the
+        layer's learned share of `|pseudoactivation_t activation_t|`.
 
         Args:
             pseudofactors: From `transform`, `(batch, tokens, width)`.
+            factors: What they were made from.
         """
-        return Update(
-            {
-                layer.name: LayerUpdate(
-                    pseudofactors[layer.name].activation,
-                    pseudofactors[layer.name].delta,
-                    self.sign * self.edit_lrs[index],
-                )
-                for index, layer in enumerate(self.layers)
-            }
-        )
+        made = {}
+        for index, layer in enumerate(self.layers):
+            pseudo, threshold = pseudofactors[layer.name], None
+            if self.gate_logits is not None:
+                own = factors[layer.name].activation.to(pseudo.activation)
+                match = torch.linalg.vecdot(pseudo.activation, own).abs()
+                threshold = self.gate_logits[index].sigmoid() * match
+            scale = self.sign * self.edit_lrs[index]
+            made[layer.name] = LayerUpdate(pseudo.activation, pseudo.delta, scale, threshold)
+        return Update(made)
 
     @torch.no_grad()
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
         """One update for all requests: their rank-1 terms side by side (section 3.1)."""
         tokens, factors = gradient_factors(self.lm, self.layers, requests)
         pseudofactors = self.transform(factors)
-        batched = self.update(pseudofactors)
+        batched = self.update(pseudofactors, factors)
         update = {}
         for name, layer in batched.items():
             live = factors[name].live().to(layer.A.device)
-            update[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale))
-        lrs = {layer.name: float(a) for layer, a in zip(self.layers, self.edit_lrs, strict=True)}
-        return Proposal(Update(update), self.layers, tokens, factors, pseudofactors, lrs)
+            threshold = None if layer.threshold is None else layer.threshold[live]
+            update[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale), threshold)
+        lrs = dict(zip(update, self.edit_lrs.tolist(), strict=True))
+        shares = () if self.gate_logits is None else self.gate_logits.sigmoid().tolist()
+        gates = dict(zip(update, shares, strict=False))
+        return Proposal(Update(update), self.layers, tokens, factors, pseudofactors, lrs, gates)
+
+    def gated(self, share: float) -> Mend:
+        """A copy with a gate that starts at a share; what it has learned stays."""
+        twin = Mend(self.lm, replace(self.config, gate=share))
+        twin.load_state_dict(self.state_dict(), strict=False)
+        twin.card = self.card
+        return twin.train(self.training)
 
     def reset_statistics(self) -> None:
         """Forget what training has gathered to normalise by."""
