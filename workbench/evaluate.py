@@ -1,40 +1,26 @@
-"""Evaluation: many edits, one at a time, each undone before the next."""
+"""Evaluation: many edits, each made alone; texts of several run together, under their own edit."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
-from workbench.data import EditExample
+from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest
-from workbench.encoding import (
-    Batch,
-    Tokens,
-    collate,
-    per_sequence_mean,
-    sequence_nll,
-    tokenize,
-    tokenize_text,
-)
-from workbench.metrics import (
-    EditorScores,
-    EditScores,
-    accuracy,
-    begins_with,
-    exact,
-    kept,
-    mean_or_none,
-)
+from workbench.encoding import Tokens, collate, passes, tokenize, tokenize_text
+from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
 from workbench.overlay import overlay
 from workbench.training import kl
-from workbench.updates import Update
+from workbench.updates import Update, stack_sequences
 from workbench.views import Trunk
 
 
@@ -74,11 +60,56 @@ def evaluate(
     """
     judge = _Judge(editor, config or EvaluationConfig(), texts)
     scores = EditorScores()
-    for example in examples:
-        scores.edits.append(judge.score(example))
-        if on_edit:
-            on_edit(scores.edits[-1])
+    while len(scores.edits) < len(examples):
+        for found in judge.score(examples[len(scores.edits) :]):
+            scores.edits.append(found)
+            if on_edit:
+                on_edit(found)
     return scores
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A text that an edit is judged by, and what it is there for.
+
+    Near are the neighbours with their own answers, rivals the same with the edit's target.
+    """
+
+    edit: int
+    kind: Literal["wanted", "near", "rival", "far"]
+    text: Tokens
+
+    @property
+    def read(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """What the model reads: answers of one token to the same prompt share it."""
+        return self.edit, self.text.ids, self.text.targets[:-1]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a text's targets showed, averaged over them; pairs are before and after."""
+
+    exact: float
+    kept: float
+    divergence: float
+    loss: tuple[float, float]
+    accuracy: tuple[float, float]
+
+    @classmethod
+    def of(cls, base: Tensor, edited: Tensor, targets: Tensor) -> _Seen:
+        """Compare logits at a text's targets, `(n, vocabulary)`."""
+        before, after = base.argmax(-1), edited.argmax(-1)
+        return cls(
+            exact=float((after == targets).all()),
+            kept=(before == after).float().mean().item(),
+            divergence=kl(base, edited).mean().item(),
+            loss=(_loss(base, targets), _loss(edited, targets)),
+            accuracy=tuple((t == targets).float().mean().item() for t in (before, after)),  # type: ignore[arg-type]
+        )
+
+
+# Most edits judged in one round, and most numbers that their texts' copies of them may hold.
+_EDITS, _NUMBERS = 8, 2**26
 
 
 class _Judge:
@@ -86,84 +117,109 @@ class _Judge:
         self.editor, self.config, self.lm, self.texts = editor, config, editor.lm, texts
         self.trunk = Trunk(self.lm, editor.layers)
 
-    def score(self, example: EditExample) -> EditScores:
-        start = time.perf_counter()
-        update = self.editor.propose([EditRequest(example.prompt, example.target)]).update
-        seconds = time.perf_counter() - start
-        scores = self._wanted(example, update)
-        scores.seconds = seconds
-        self._neighborhood(example, update, scores)
-        self._unrelated(example, update, scores)
-        if self.config.generate:
-            with overlay(self.lm.model, update):
-                length = len(tokenize(self.lm, example.prompt, example.target).targets)
-                text = generate_texts(self.lm, [example.prompt], length + 2)[0]
-            scores.generated_success = float(begins_with(text, example.target))
-        return scores
+    def score(self, examples: Sequence[EditExample]) -> list[EditScores]:
+        """Scores of the first examples: as many as are fit for one round."""
+        looks: list[_Look] = []
+        updates: list[Update] = []
+        found: list[EditScores] = []
+        for edit, example in enumerate(examples[:_EDITS]):
+            start = time.perf_counter()
+            update = self.editor.propose([EditRequest(example.prompt, example.target)]).update
+            found.append(EditScores(edit_success=0.0, seconds=time.perf_counter() - start))
+            updates.append(update)
+            looks += self._looks(edit, example)
+            if update.numbers() * len(looks) > _NUMBERS:  # each text has a copy of its edit
+                break
+        seen = self._see(looks, updates)
+        for edit, (scores, example) in enumerate(zip(found, examples, strict=False)):
+            mine: dict[str, list[_Seen]] = {}
+            for look, shown in zip(looks, seen, strict=True):
+                if look.edit == edit:
+                    mine.setdefault(look.kind, []).append(shown)
+            _fill(scores, example, mine)
+            if self.config.generate:
+                with overlay(self.lm.model, updates[edit]):
+                    length = len(tokenize(self.lm, example.prompt, example.target).targets)
+                    text = generate_texts(self.lm, [example.prompt], length + 2)[0]
+                scores.generated_success = float(begins_with(text, example.target))
+        return found
 
-    def _wanted(self, example: EditExample, update: Update) -> EditScores:
-        prompts = [example.prompt, *example.paraphrases[:1]]
-        batch = collate(self.lm, [tokenize(self.lm, p, example.target) for p in prompts])
-        success = exact(self._edited(batch, self.trunk.hidden(batch), update), batch).tolist()
-        return EditScores(success[0], success[1] if len(success) > 1 else None)
-
-    def _neighborhood(self, example: EditExample, update: Update, scores: EditScores) -> None:
-        near = [s for s in (*example.neighbors, *example.same_subject) if s.answer]
-        near = near[: self.config.neighbors]
-        if not near:
-            return
-        true = [tokenize(self.lm, s.prompt, s.answer or "") for s in near]
-        new = [tokenize(self.lm, s.prompt, example.target) for s in near]
-        base, edited, batch = self._both([*true, *new], update)
-        count = sum(len(tokens.targets) for tokens in true)
-        right = _first(batch, len(true), count)
-        changed, unchanged = edited[:count], base[:count]
-        scores.neighborhood_kept = kept(unchanged, changed, right).mean().item()
-        scores.kl_neighborhood = per_sequence_mean(kl(unchanged, changed), right).mean().item()
-        # Where the neighbour's own answer is the edit's target, neither can be preferred.
-        distinct = [i for i, s in enumerate(near) if s.answer != example.target]
-        for name, logits in (("", edited), ("_base", base)):
-            nll = sequence_nll(logits, batch)
-            wins = [float(nll[i] < nll[len(true) + i]) for i in distinct]
-            setattr(scores, f"neighborhood_score{name}", mean_or_none(wins))
-
-    def _unrelated(self, example: EditExample, update: Update, scores: EditScores) -> None:
-        own = [s for s in example.unrelated if s.answer][: self.config.unrelated]
-        tokens = [tokenize(self.lm, s.prompt, s.answer or "") for s in own]
+    def _looks(self, edit: int, example: EditExample) -> Iterator[_Look]:
+        config, lm = self.config, self.lm
+        for prompt in (example.prompt, *example.paraphrases[:1]):
+            yield _Look(edit, "wanted", tokenize(lm, prompt, example.target))
+        for statement, answer in _answered(_neighbors(example), config.neighbors):
+            yield _Look(edit, "near", tokenize(lm, statement.prompt, answer))
+            yield _Look(edit, "rival", tokenize(lm, statement.prompt, example.target))
+        own = _answered(example.unrelated, config.unrelated)
+        for statement, answer in own:
+            yield _Look(edit, "far", tokenize(lm, statement.prompt, answer))
         # A plain text has no label for a classifier to keep.
-        lacking = 0 if self.lm.kind == "classifier" else self.config.unrelated - len(own)
-        for place in range(lacking):
+        for place in range(0 if lm.kind == "classifier" else config.unrelated - len(own)):
             key = sha256(f"{example.prompt}:{place}".encode()).digest()
             text = self.texts[int.from_bytes(key[:8]) % len(self.texts)]
-            tokens.append(tokenize_text(self.lm, text, self.config.text_tokens))
-        if not tokens:
-            return
-        base, edited, batch = self._both(tokens, update)
-        scores.unrelated_kept = kept(base, edited, batch).mean().item()
-        scores.drawdown = (accuracy(base, batch) - accuracy(edited, batch)).mean().item()
+            yield _Look(edit, "far", tokenize_text(lm, text, config.text_tokens))
 
-    def _both(self, texts: Sequence[Tokens], update: Update) -> tuple[Tensor, Tensor, Batch]:
-        """Logits at the texts' targets before and after, and where they belong."""
-        # Answers of one token to the same prompt read the same input: it runs once.
-        shared = {(text.ids, text.targets[:-1]): text for text in texts}
-        batch = collate(self.lm, list(shared.values()))
-        hidden = self.trunk.hidden(batch)
-        with torch.no_grad():
+    @torch.no_grad()
+    def _see(self, looks: Sequence[_Look], updates: Sequence[Update]) -> list[_Seen]:
+        shared: dict[object, list[int]] = {}
+        for index, look in enumerate(looks):
+            shared.setdefault(look.read, []).append(index)
+        readings = list(shared.values())
+        seen: dict[int, _Seen] = {}
+        for places in passes(self.lm, [looks[indices[0]].text for indices in readings]):
+            group = [readings[place] for place in places]
+            heads = [looks[indices[0]] for indices in group]
+            batch = collate(self.lm, [look.text for look in heads])
+            hidden = self.trunk.hidden(batch)
             base = self.trunk.logits(batch, hidden)
-        edited = self._edited(batch, hidden, update)
-        each = torch.arange(len(base), device=base.device)
-        spans = dict(
-            zip(shared, each.split([len(t.targets) for t in shared.values()]), strict=True)
+            if len(updates) == 1:
+                update = updates[0]
+            else:
+                update = stack_sequences([updates[look.edit] for look in heads])
+            with overlay(self.lm.model, update):
+                edited = self.trunk.logits(batch, hidden)
+            counts = [len(look.text.targets) for look in heads]
+            for before, after, indices in zip(
+                base.split(counts), edited.split(counts), group, strict=True
+            ):
+                for index in indices:
+                    targets = torch.tensor(looks[index].text.targets, device=before.device)
+                    seen[index] = _Seen.of(before, after, targets)
+        return [seen[index] for index in range(len(looks))]
+
+
+def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[_Seen]]) -> None:
+    """Sum up what one edit's texts have shown."""
+    wanted, near, far = (seen.get(kind, ()) for kind in ("wanted", "near", "far"))
+    scores.edit_success = wanted[0].exact
+    scores.paraphrase_success = wanted[1].exact if len(wanted) > 1 else None
+    scores.neighborhood_kept = mean_or_none(s.kept for s in near)
+    scores.kl_neighborhood = mean_or_none(s.divergence for s in near)
+    scores.unrelated_kept = mean_or_none(s.kept for s in far)
+    scores.drawdown = mean_or_none(s.accuracy[0] - s.accuracy[1] for s in far)
+    # Where the neighbour's own answer is the edit's target, neither can be preferred.
+    rivals = [
+        (true.loss, new.loss)
+        for true, new, (_, answer) in zip(
+            near, seen.get("rival", ()), _answered(_neighbors(example), len(near)), strict=True
         )
-        places = torch.cat([spans[text.ids, text.targets[:-1]] for text in texts])
-        return base[places], edited[places], collate(self.lm, texts)
+        if answer != example.target
+    ]
+    before, after = ([float(true[i] < new[i]) for true, new in rivals] for i in (0, 1))
+    scores.neighborhood_score_base = mean_or_none(before)
+    scores.neighborhood_score = mean_or_none(after)
 
-    def _edited(self, batch: Batch, hidden: Tensor | None, update: Update) -> Tensor:
-        with overlay(self.lm.model, update), torch.no_grad():
-            return self.trunk.logits(batch, hidden)
+
+def _neighbors(example: EditExample) -> tuple[Statement, ...]:
+    return (*example.neighbors, *example.same_subject)
 
 
-def _first(batch: Batch, sequences: int, count: int) -> Batch:
-    """The first sequences of a batch, which hold its first `count` targets."""
-    inputs = {name: tensor[:sequences] for name, tensor in batch.inputs.items()}
-    return Batch(inputs, batch.rows[:count], batch.columns[:count], batch.targets[:count])
+def _answered(statements: Sequence[Statement], most: int) -> list[tuple[Statement, str]]:
+    """The first statements that have an answer, with it."""
+    return [(s, s.answer) for s in statements if s.answer][:most]
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """Mean negative log-likelihood, nats a token."""
+    return cross_entropy(logits.float(), targets).item()
