@@ -452,3 +452,10 @@ def test_what_cannot_be_exported_leaves_no_trace(
     with pytest.raises(EditError, match=reason):
         export_peft(update, llama, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_gated_edit_is_no_adapter(llama: LanguageModel, tmp_path: Path) -> None:
+    layer = LayerUpdate(torch.ones(1, 32), torch.ones(1, 48), threshold=torch.ones(1))
+    with pytest.raises(EditError, match=r"acts only where .* matches its keys"):
+        export_peft(Update({UP: layer}), llama, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

@@ -73,7 +73,8 @@ def test_evaluate_command_writes_what_it_measured(
 
 def test_edit_command_saves_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     session, adapter = tmp_path / "session", tmp_path / "adapter"
-    assert main(["edit", FRANCE, "Lyon", "--save", str(session)]) == 0
+    linear = ["--editor", "mend-linear", "--save", str(session)]
+    assert main(["edit", FRANCE, "Lyon", *linear]) == 0
     shown = capsys.readouterr().out
     assert shown.count("[equivalent]") == 2
     assert shown.count("[unrelated]") == 3

@@ -218,7 +218,19 @@ def test_a_session_outlives_its_editor(tmp_path: Path) -> None:
     assert torch.equal(logits(Workbench.load(folder, workbench=wb), "a"), logits(wb, "a"))
 
 
+def test_gates_are_saved_with_the_session(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    wb = Workbench(lm, Mend(lm, MendConfig(rank=2, normalize=False, edit_lr=1.0, gate=0.5)))
+    wb.edit("a", "b")
+    assert wb.update.gated
+    again = Workbench.load(wb.save(tmp_path / "session"), workbench=wb)
+    assert again.update.gated
+    assert torch.equal(logits(again, "a"), logits(wb, "a"))
+    assert not torch.equal(logits(wb.fork(), "a"), logits(wb, "a"))
+
+
 def test_peft_round_trip(wb: Workbench, tmp_path: Path) -> None:
+    wb.editor = open_editor("mend-linear", wb.lm)
     edit = wb.edit(FRANCE, "Lyon")
     edited = logits(wb)
     other = wb.fork()

@@ -20,6 +20,7 @@ from workbench.errors import EditorError
 from workbench.models import DEFAULT_MODEL, LanguageModel
 
 __all__ = [
+    "SHIPPED",
     "EditRequest",
     "Editor",
     "FineTune",
@@ -29,13 +30,13 @@ __all__ = [
     "Proposal",
     "TrainableEditor",
     "assets_folder",
-    "default_editor_folder",
     "editor_class",
     "editor_names",
     "editor_source",
     "load_editor",
     "open_editor",
     "save_editor",
+    "shipped_editor",
 ]
 
 
@@ -46,9 +47,14 @@ def assets_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "assets"
 
 
-def default_editor_folder() -> Path:
-    """The trained editor of the embedded default model."""
-    return assets_folder() / "editors" / DEFAULT_MODEL
+# The trained editors of the embedded model that come along, and their folders: MEND with a gate,
+# and as in the paper, whose edits are LoRA adapters.
+SHIPPED = {"mend": DEFAULT_MODEL, "mend-linear": f"{DEFAULT_MODEL}-linear"}
+
+
+def shipped_editor(name: str = "mend") -> Path:
+    """The folder of one of the embedded model's trained editors (`SHIPPED`)."""
+    return assets_folder() / "editors" / SHIPPED[name]
 
 
 def editor_source(editor: Editor) -> str:
@@ -57,38 +63,42 @@ def editor_source(editor: Editor) -> str:
     One that was trained in memory and never saved has nothing but its name.
     """
     folder = getattr(editor, "folder", None)
-    if folder is None or Path(folder).resolve() == default_editor_folder().resolve():
+    if folder is None:
         return editor.name
-    return str(Path(folder).resolve())
+    shipped = {str(shipped_editor(name).resolve()): name for name in SHIPPED}
+    place = str(Path(folder).resolve())
+    return shipped.get(place, place)
 
 
 def open_editor(source: str | Path | None, lm: LanguageModel) -> Editor:
     """Open an editor for a model.
 
     Args:
-        source: A trained editor's folder; "ft" for fine-tuning, which needs no training; "mend"
-            for the default model's trained editor; None: that one where it fits, else "ft".
+        source: A trained editor's folder; "ft" for fine-tuning, which needs no training; for the
+            embedded model "mend" or "mend-linear", its trained editors; None: "mend" for that
+            model, else "ft".
         lm: The model to edit.
 
     Raises:
         EditorError: Nothing of that name, or the editor does not fit the model.
     """
-    trained = default_editor_folder()
+    embedded = lm.source == DEFAULT_MODEL
     if source is None:
-        return load_editor(trained, lm) if lm.source == DEFAULT_MODEL else FineTune(lm)
+        source = Mend.name if embedded else FineTune.name
     if source == FineTune.name:
         return FineTune(lm)
-    if source == Mend.name and lm.source == DEFAULT_MODEL:
-        return load_editor(trained, lm)
+    if embedded and source in SHIPPED:
+        return load_editor(shipped_editor(str(source)), lm)
     if Path(source).is_dir():
         return load_editor(source, lm)
-    if source in editor_names():
+    known = sorted({*editor_names(), *SHIPPED})
+    if source in known:
         raise EditorError(
             f"There is no trained {source!r} editor for {lm.source}. Train one (python -m "
-            f"workbench train --editor {source} --model {lm.source} --data facts --out DIR) and "
-            f"give its folder, or use editor='ft', which needs no training."
+            f"workbench train --model {lm.source} --data facts --out DIR) and give its folder, or "
+            f"use editor='ft', which needs no training."
         )
     raise EditorError(
         f"There is no editor folder {str(source)!r}, and no editor of that name. Give the folder "
-        f"of a trained editor, or one of: {', '.join(editor_names())}."
+        f"of a trained editor, or one of: {', '.join(known)}."
     )
