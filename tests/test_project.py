@@ -28,7 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = (
     ("errors",),
     ("files", "gguf"),
-    ("layers", "models", "encoding"),
+    ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
     ("overlay", "factors", "views"),
     ("editors",),

@@ -62,14 +62,10 @@ def default_gguf() -> Path:
 
 def unpack_gguf(path: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
     """Dequantise a GGUF file once; return the folder that holds it as safetensors."""
-    unpacked = f"{name}-{_file_key(path)}-{str(dtype).removeprefix('torch.')}"
-    shared = _preferred_cache() / "models" / unpacked  # can be one that others fill, read-only
-    if shared.is_dir():
-        return shared
+    if found := unpacked_gguf(path, name, dtype):
+        return found
     models = cache_folder() / "models"
-    folder = models / unpacked
-    if folder.is_dir():
-        return folder
+    folder = models / _unpacked_name(path, name, dtype)
     models.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
     try:
@@ -88,6 +84,18 @@ def unpack_gguf(path: Path, name: str, dtype: torch.dtype, progress: bool) -> Pa
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def unpacked_gguf(path: Path, name: str, dtype: torch.dtype) -> Path | None:
+    """The folder that a GGUF file has been unpacked into before; None if it has not."""
+    unpacked = _unpacked_name(path, name, dtype)
+    # The preferred cache can be one that others fill, read-only.
+    folders = (cache / "models" / unpacked for cache in (_preferred_cache(), cache_folder()))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _unpacked_name(path: Path, name: str, dtype: torch.dtype) -> str:
+    return f"{name}-{_file_key(path)}-{str(dtype).removeprefix('torch.')}"
 
 
 def _write_unpacked(

@@ -28,7 +28,7 @@ from workbench.layers import Blocks, EditableLayer, Matrices, Stack, find_layers
 Kind = Literal["causal", "seq2seq", "classifier"]
 Quantization = Literal["8bit", "4bit"]
 
-_AUTO_CLASS = {
+AUTO_CLASS = {
     "causal": transformers.AutoModelForCausalLM,
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "classifier": transformers.AutoModelForSequenceClassification,
@@ -165,32 +165,27 @@ def open_model(
     Raises:
         ModelError: the source cannot be found or read, or is no kind of model handled here.
     """
-    name = DEFAULT_MODEL if source is None else os.fspath(source)
-    device = _device_named(device)
-    dtype = _dtype_named(dtype)
+    device = device_named(device)
+    dtype = dtype_named(dtype)
     if quantize not in (None, "8bit", "4bit"):
         raise ModelError(f'quantize={quantize!r} is not known: give None, "8bit" or "4bit".')
 
-    location = Path(default_gguf() if name == DEFAULT_MODEL else name).expanduser()
+    name, location = locate(source)
     if location.suffix == ".gguf":
-        if not location.is_file():
-            raise ModelError(f"There is no file {location}: give the path of a .gguf file.")
-        gguf_dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        gguf_dtype = dtype or default_dtype(device)
         location = unpack_gguf(location, Path(name).stem, gguf_dtype, progress)
     local = location.is_dir()
-    with quiet_loading(progress and not local), _readable_errors(name, location):
+    with quiet_loading(progress and not local), readable_errors(name, location):
         path = str(location) if local else name
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = _kind_of_config(config)
-        if dtype is None:
-            half = config.dtype if config.dtype in _HALF else torch.bfloat16
-            dtype = torch.float32 if device.type == "cpu" else half
+        kind = kind_of_config(config)
+        dtype = dtype or default_dtype(device, config)
         quantization = transformers.BitsAndBytesConfig(
             load_in_8bit=quantize == "8bit",
             load_in_4bit=quantize == "4bit",
             bnb_4bit_compute_dtype=dtype,
         )
-        model, info = _AUTO_CLASS[kind].from_pretrained(
+        model, info = AUTO_CLASS[kind].from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -208,6 +203,31 @@ def open_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return LanguageModel.wrap(model, tokenizer, name)
+
+
+def locate(source: str | os.PathLike[str] | None) -> tuple[str, Path]:
+    """What a model is called, and where its file or folder is, or would be: a hub id has none.
+
+    Args:
+        source: as `open_model` takes it.
+
+    Raises:
+        ModelError: a `.gguf` file is named that is not there, or the default is not installed.
+    """
+    name = DEFAULT_MODEL if source is None else os.fspath(source)
+    location = Path(default_gguf() if name == DEFAULT_MODEL else name).expanduser()
+    if location.suffix == ".gguf" and not location.is_file():
+        raise ModelError(f"There is no file {location}: give the path of a .gguf file.")
+    return name, location
+
+
+def default_dtype(
+    device: torch.device, config: transformers.PretrainedConfig | None = None
+) -> torch.dtype:
+    """The dtype that weights are opened in where none is asked for; see `open_model`."""
+    if device.type == "cpu":
+        return torch.float32
+    return config.dtype if config is not None and config.dtype in _HALF else torch.bfloat16
 
 
 def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -253,7 +273,8 @@ def _bits(tensor: Tensor) -> Tensor:
     return octets.view(torch.int64) if octets.numel() % 8 == 0 else octets
 
 
-def _device_named(device: str | torch.device) -> torch.device:
+def device_named(device: str | torch.device) -> torch.device:
+    """The device, checked; "auto" is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -267,7 +288,8 @@ def _device_named(device: str | torch.device) -> torch.device:
     return device
 
 
-def _dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The floating-point dtype of that name."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise ModelError(f'dtype={dtype!r} is not known: give "float32", "bfloat16" or "float16".')
@@ -287,7 +309,8 @@ def _kind_of_model(model: nn.Module) -> Kind:
     raise ModelError(_WRONG_KIND.format(type(model).__name__))
 
 
-def _kind_of_config(config: transformers.PretrainedConfig) -> Kind:
+def kind_of_config(config: transformers.PretrainedConfig) -> Kind:
+    """What kind of model a configuration describes."""
     architecture = (config.architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         return "classifier"
@@ -298,7 +321,7 @@ def _kind_of_config(config: transformers.PretrainedConfig) -> Kind:
 
 
 @contextmanager
-def _readable_errors(name: str, location: Path) -> Iterator[None]:
+def readable_errors(name: str, location: Path) -> Iterator[None]:
     """Turn the loader's errors into one that says what to do."""
     try:
         yield
