@@ -19,8 +19,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from gradio import themes
 
-from apps.editor import api, markup, page
+from apps.editor import api, markup, models, page
 from apps.editor.sessions import Session
+from apps.editor.shelf import Shelf
 from workbench import Workbench, WorkbenchError
 from workbench.corpus import EXAMPLES
 from workbench.tables import CSS, placeholder
@@ -29,7 +30,6 @@ HOURS = 3600
 # The model runs for so many users at once; the others wait in the queue.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-EDITORS = {"mend": "MEND (trained)", "ft": "Fine-tuning"}
 ENDPOINTS = {
     "edit": api.edit,
     "undo": api.undo,
@@ -84,26 +84,31 @@ def build(workbench: Workbench) -> gr.Blocks:
     """Lay the app out over a workbench, whose model and editor all users share.
 
     Args:
-        workbench: Each user gets a fork of it, without its edits.
+        workbench: Each user begins with its model and editor, without its edits.
     """
+    shelf = Shelf(workbench)
     with gr.Blocks(
         title="Model-editing workbench",
         analytics_enabled=False,
         delete_cache=(HOURS, 24 * HOURS),
     ) as app:
-        state = gr.State(Session(workbench), time_to_live=24 * HOURS, delete_callback=Session.close)
-        gr.HTML(markup.header(workbench), elem_classes="header", apply_default_css=False)
-        with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                form, buttons, editor = _form(state.value)
-            with gr.Column(scale=4, min_width=320):
-                table = gr.HTML(
-                    placeholder("Choose an example or type an edit, then press Edit."),
-                    elem_id="comparison",
-                    apply_default_css=False,
-                )
-                history, undo, redo, files = _history()
-        figures = _figures()
+        state = gr.State(Session(shelf), time_to_live=24 * HOURS, delete_callback=Session.close)
+        header = gr.HTML(markup.header(workbench), elem_classes="header", apply_default_css=False)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Edit", id="edit"):
+                with gr.Row():
+                    with gr.Column(scale=2, min_width=320):
+                        form, buttons, editor = _form(state.value)
+                    with gr.Column(scale=4, min_width=320):
+                        table = gr.HTML(
+                            placeholder("Choose an example or type an edit, then press Edit."),
+                            elem_id="comparison",
+                            apply_default_css=False,
+                        )
+                        history, undo, redo, files = _history()
+                figures = _figures()
+            with gr.Tab("Model", id="model"):
+                opening = models.layout()
         _endpoints(state, form)  # before the page's own events, which would take the names
         screen = [state, table, history, undo, redo, files["adapter"], files["session"], *figures]
 
@@ -129,6 +134,7 @@ def build(workbench: Workbench) -> gr.Blocks:
         on(redo.click, page.redo, [state], screen, "multiple")
         on(history.act, page.act, [state], [*screen, *form], "multiple")
         on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
+        _opening(opening, state, header, editor, screen, form)
         buttons["examples"].click(
             page.example, buttons["examples"], form, show_progress="hidden", **PRIVATE
         )
@@ -145,19 +151,38 @@ def build(workbench: Workbench) -> gr.Blocks:
     return app
 
 
+def _opening(
+    tab: dict[str, Any],
+    state: gr.State,
+    header: gr.HTML,
+    editor: gr.Radio,
+    screen: Sequence[Any],
+    form: Sequence[Any],
+) -> None:
+    """Wire the tab of models and editors."""
+    wanted, said, shown = [state, tab["source"], tab["quantize"]], tab["said"], [header, editor]
+    one_at_a_time: dict[str, Any] = {"concurrency_id": "opening", "trigger_mode": "once", **PRIVATE}
+    tab["estimate"].click(models.estimate, wanted, said, **one_at_a_time)
+    for event in (tab["open"].click, tab["source"].submit):
+        event(
+            models.switch,
+            wanted,
+            [said, *shown, *screen, *form],
+            show_progress_on=said,
+            **one_at_a_time,
+        )
+    for event in (tab["add"].click, tab["folder"].submit):
+        event(models.add, [state, tab["folder"]], [tab["added"], *shown], **one_at_a_time)
+    editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
+
+
 def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]:
     """The edit's form: prompt, target, the lists, the prompt that the lists are for; the editor."""
     prompt = gr.Textbox(
         "", label="Prompt", placeholder="The capital of France is", elem_id="prompt"
     )
     target = gr.Textbox("", label="What it should say", placeholder="Lyon", elem_id="target")
-    editor = gr.Radio(
-        [(EDITORS.get(name, name), name) for name in [*session.editors][::-1]],
-        value=session.bench.editor.name,
-        label="Editor",
-        elem_id="editor",
-        visible=len(session.editors) > 1,
-    )
+    editor = gr.Radio(**models.choice(session), label="Editor", elem_id="editor")
     with gr.Row():
         edit = gr.Button("Edit", variant="primary", elem_id="edit")
         compare = gr.Button("Compare only", elem_id="compare")

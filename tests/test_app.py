@@ -18,6 +18,7 @@ from gradio_client.exceptions import AppError
 
 from apps.editor import markup, page
 from apps.editor.sessions import MOST_PROMPTS, Session
+from apps.editor.shelf import Shelf
 from apps.editor_app import ENDPOINTS, build, launch, main
 from workbench import (
     Comparison,
@@ -62,7 +63,7 @@ def client(url: str) -> Iterator[Client]:
 
 @pytest.fixture
 def session(bench: Workbench) -> Iterator[Session]:
-    session = Session(bench)
+    session = Session(Shelf(bench))
     yield session
     session.close()
 
@@ -171,7 +172,7 @@ def test_a_session_goes_to_a_file_and_back(session: Session, bench: Workbench):
     session.bench.toggle(1)
     session.bench.strength(2, 0.5)
     saved = page.save(session)
-    other = Session(bench)
+    other = Session(Shelf(bench))
     values = page.load(other, saved)
     assert other.bench.history == session.bench.history
     assert "Bees make" in values

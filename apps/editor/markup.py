@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from workbench import Edit, Workbench
+from workbench.memory import MemoryEstimate
 from workbench.session import HistoryEntry
 from workbench.tables import placeholder
 
@@ -77,6 +78,18 @@ def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def memory(estimate: MemoryEstimate, note: str = "") -> str:
+    """What a model needs beside what is free, as a bar and in words."""
+    share = min(1.0, estimate.needed / max(1, estimate.free))
+    mood = "good" if estimate.fits else "bad"
+    verdict = "It fits." if estimate.fits else "It does not fit."
+    return (
+        f'<div class="memory" role="status"><div class="meter {mood}" aria-hidden="true">'
+        f'<i style="width: {share:.1%}"></i></div><p><b class="{mood}">{verdict}</b> '
+        f"{escape(str(estimate))} {escape(note)}</p></div>"
+    )
 
 
 def figures_title(edit: Edit | None) -> str:

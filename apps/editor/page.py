@@ -23,6 +23,7 @@ MOST_BYTES = 2**31  # of an unpacked session
 
 # `screen` gives the values of the components that show a session, `form` those of the
 # form; editor_app.py lists the components in the same order.
+SCREEN, FORM = 15, len(LISTED) + 3
 
 
 def form(prompt: str, target: str, probes: Sequence[Probe]) -> tuple[str, ...]:
@@ -147,7 +148,7 @@ def redo(session: Session) -> tuple[Any, ...]:
 def act(session: Session, event: gr.EventData) -> tuple[Any, ...]:
     """A click in the history: switch, strength, remove, or show an edit."""
     action, id = str(event.action), int(event.id)
-    filled: tuple[Any, ...] = (gr.skip(),) * (len(LISTED) + 3)
+    filled: tuple[Any, ...] = (gr.skip(),) * FORM
     if action == "toggle":
         session.bench.toggle(id)
     elif action == "strength":
@@ -233,10 +234,9 @@ def load(session: Session, path: str) -> tuple[Any, ...]:
             f"{Path(path).name} is no saved session: choose a .zip made by 'Save session'."
         ) from None
     try:
-        session.bench = Workbench.load(folder, workbench=session.bench)
+        session.look_at(Workbench.load(folder, workbench=session.bench))
     finally:
         shutil.rmtree(folder)
-    session.probes, session.probes_of, session.overlapping = (), {}, ()
     filled: tuple[str, ...] = ()
     if session.bench.edits:
         filled = _show(session, session.bench.edits[-1])

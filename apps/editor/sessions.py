@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from html import escape
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
 
-from workbench import Comparison, Edit, EditError, FineTune, Probe, Workbench, WorkbenchError
-from workbench.editors import Editor
+from apps.editor.shelf import OpenModel, Shelf
+from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,27 +26,39 @@ MOST_PROMPTS = 64
 class Session:
     """One browser tab's (or one API client's) workbench, and what it is looking at.
 
-    `gr.State` gives every user a deep copy of its value; a copy of a session is a fork, which
-    shares model and editor and has no edits.
+    `gr.State` gives every user a deep copy of its value; a copy of a session is a new one over
+    the shelf's first model, and has no edits.
 
     Args:
-        bench: Where model and editor come from.
-        editors: What a user may choose from, by name; None: the bench's, and fine-tuning.
+        shelf: Where models and editors come from.
     """
 
-    def __init__(self, bench: Workbench, editors: Mapping[str, Editor] | None = None) -> None:
-        self.bench = bench.fork()
-        self.editors = editors or {e.name: e for e in (FineTune(bench.lm), bench.editor)}
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
         self.lock = threading.RLock()
-        self.shown: int | None = None
-        self.drawn: tuple[Edit | None] | None = None  # whose figures are on the screen
-        self.overlapping: tuple[int, ...] = ()  # the edits whose overlap is on the screen
-        self.probes: tuple[Probe, ...] = ()
-        self.probes_of: dict[int, tuple[Probe, ...]] = {}
         self._files: TemporaryDirectory[str] | None = None
+        self.use(shelf.first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return Session(self.bench, self.editors)
+        return Session(self.shelf)
+
+    def use(self, model: OpenModel) -> None:
+        """Begin anew over a model, without edits."""
+        for other in (getattr(self, "model", model), model):
+            other.users.discard(self)
+        model.users.add(self)
+        self.model = model
+        self.editor = model.preferred
+        self.look_at(Workbench(model.lm, model.editors[self.editor]))
+
+    def look_at(self, bench: Workbench) -> None:
+        """Take another workbench over the same model, with nothing of it on the screen yet."""
+        self.bench = bench
+        self.shown: int | None = None
+        self.drawn: tuple[Edit | None] | None = None  # whose figures are on the screen
+        self.overlapping: tuple[int, ...] | None = None  # the edits whose overlap is on the screen
+        self.probes: tuple[Probe, ...] = ()
+        self.probes_of: dict[int, tuple[Probe, ...]] = {}
 
     def close(self) -> None:
         """Delete the files written for this user."""
@@ -68,13 +81,24 @@ class Session:
         Args:
             prompt: What the model reads.
             target: What it should say next.
-            editor: Name of one of `editors`; None: the one used last.
+            editor: Name of one of the model's editors; None: the one used last.
         """
         if editor is not None:
-            self.bench.editor = self.editors[editor]
+            self.choose(editor)
         made = self.bench.edit(prompt.strip(), target.strip())
         self.shown = made.id
         return made
+
+    def choose(self, editor: str) -> None:
+        """Make the next edits with another of the model's editors.
+
+        Raises:
+            EditError: There is none of that name.
+        """
+        if editor not in self.model.editors:
+            known = ", ".join(self.model.editors)
+            raise EditError(f"There is no editor {editor!r} for this model. Choose one of: {known}")
+        self.editor, self.bench.editor = editor, self.model.editors[editor]
 
     def current(self) -> Edit | None:
         """The edit in view: the one chosen, else the last."""
@@ -92,6 +116,17 @@ class Session:
         return self.bench.compare(probes)
 
 
+@contextmanager
+def readable() -> Iterator[None]:
+    """Show what the library refuses as a message on the page."""
+    try:
+        yield
+    except WorkbenchError as error:
+        # The page shows messages as HTML, and they may quote what was typed.
+        message = escape(str(error), quote=False)
+        raise gr.Error(message, print_exception=False) from error
+
+
 def guarded(
     handler: Callable[Concatenate[Session, P], T],
 ) -> Callable[Concatenate[Session, P], T]:
@@ -99,12 +134,7 @@ def guarded(
 
     @wraps(handler)
     def run(session: Session, *args: P.args, **kwargs: P.kwargs) -> T:
-        with session.lock:
-            try:
-                return handler(session, *args, **kwargs)
-            except WorkbenchError as error:
-                # The page shows messages as HTML, and they may quote what was typed.
-                message = escape(str(error), quote=False)
-                raise gr.Error(message, print_exception=False) from error
+        with session.lock, readable():
+            return handler(session, *args, **kwargs)
 
     return run

@@ -1,0 +1,141 @@
+"""The tab where another model or another editor is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from apps.editor import markup, page
+from apps.editor.sessions import Session, guarded, readable
+from workbench import EditorError
+from workbench.models import Quantization
+from workbench.tables import placeholder
+
+LABELS = {"mend": "MEND (trained)", "ft": "Fine-tuning"}
+WEIGHTS: list[tuple[str, str]] = [("As they are", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
+
+
+def choice(session: Session) -> dict[str, Any]:
+    """The editors to choose from, trained ones first, and the one in use."""
+    names = [*session.model.editors][::-1]
+    return {
+        "choices": [(LABELS.get(name, name), name) for name in names],
+        "value": session.editor,
+        "visible": len(names) > 1,
+    }
+
+
+def layout() -> dict[str, Any]:
+    """The tab's components by name."""
+    with gr.Row():
+        with gr.Column(min_width=320):
+            gr.Markdown(
+                "### Another model\n"
+                "All users of this server share its open models; their edits are their own. "
+                "**Opening another one begins a session without edits.** To keep yours, press "
+                "*Save session* on the Edit tab first; it can be loaded when the model is open "
+                "again."
+            )
+            source = gr.Textbox(
+                "",
+                label="Model",
+                placeholder="empty: the embedded model",
+                info="Hub id (org/name), or a folder or .gguf file on the server",
+                elem_id="model-source",
+            )
+            quantize = gr.Radio(
+                WEIGHTS, value="", label="Weights", info="8-bit and 4-bit need bitsandbytes"
+            )
+            with gr.Row():
+                estimate = gr.Button("Estimate memory", elem_id="model-estimate")
+                open = gr.Button("Open model", variant="primary", elem_id="model-open")
+            said = gr.HTML(
+                placeholder("The memory that a model needs is worked out before it is opened."),
+                elem_id="model-said",
+                apply_default_css=False,
+            )
+        with gr.Column(min_width=320):
+            gr.Markdown(
+                "### Another editor\n"
+                "A trained editor belongs to the model that it was trained for. It is added to the "
+                "choice on the Edit tab, and your edits stay. Without one there is fine-tuning; "
+                "the Train tab makes one."
+            )
+            folder = gr.Textbox(
+                "",
+                label="Editor",
+                placeholder="my-editor",
+                info="Folder on the server with editor.safetensors, as training writes it",
+                elem_id="editor-folder",
+            )
+            add = gr.Button("Open editor", elem_id="editor-open")
+            added = gr.HTML(elem_id="editor-said", apply_default_css=False)
+    return {
+        "source": source,
+        "quantize": quantize,
+        "estimate": estimate,
+        "open": open,
+        "said": said,
+        "folder": folder,
+        "add": add,
+        "added": added,
+    }
+
+
+def _quantization(name: str) -> Quantization | None:
+    return name or None  # type: ignore[return-value]
+
+
+def estimate(session: Session, source: str, quantize: str) -> str:
+    """What a model would take, and whether it fits."""
+    with readable():
+        return markup.memory(session.shelf.estimate(source.strip(), _quantization(quantize)))
+
+
+def switch(session: Session, source: str, quantize: str) -> Iterator[tuple[Any, ...]]:
+    """Open a model and begin a session over it: the text, header, editors, then the screen."""
+    source, held = source.strip(), _quantization(quantize)
+    with readable():
+        if session.shelf.find(source, held) is None:
+            needed = markup.memory(session.shelf.estimate(source, held), "Opening it …")
+            yield needed, *(gr.skip(),) * (2 + page.SCREEN + page.FORM)
+        model = session.shelf.open(source, held)
+    with session.lock:
+        left = len(session.bench.edits)
+        session.use(model)
+        shown = page.screen(session)
+    said = f"{model.lm.source} is open. "
+    if left:
+        said += f"{left} edit{'s' * (left > 1)} of the model before stayed behind. "
+    if len(model.editors) == 1:
+        said += (
+            "No trained editor is known for it: edits are made by fine-tuning, until you open an "
+            "editor that was trained for it, or train one on the Train tab."
+        )
+    yield (
+        placeholder(said),
+        markup.header(session.bench),
+        gr.update(**choice(session)),
+        *shown,
+        *page.form("", "", ()),
+    )
+
+
+@guarded
+def add(session: Session, folder: str) -> tuple[Any, ...]:
+    """Open a trained editor for the session's model, and choose it."""
+    if not folder.strip():
+        raise EditorError("Give the folder of a trained editor; it holds editor.safetensors.")
+    name, warning = session.model.add(folder.strip())
+    session.choose(name)
+    said = f"{name} is open, and chosen for the next edit. {warning}"
+    return placeholder(said), markup.header(session.bench), gr.update(**choice(session))
+
+
+@guarded
+def choose(session: Session, editor: str) -> str:
+    """Make the next edits with another editor; returns the header."""
+    session.choose(editor)
+    return markup.header(session.bench)

@@ -1,0 +1,135 @@
+"""The server's open models and their editors, shared by all users."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from workbench import FineTune, LanguageModel, Mend, ModelError, Workbench, open_model
+from workbench.editors import Editor, load_editor, open_editor
+from workbench.memory import MemoryEstimate, estimate_memory
+from workbench.models import DEFAULT_MODEL, Quantization
+
+
+@dataclass(eq=False)
+class OpenModel:
+    """One model, what can edit it, and who looks at it.
+
+    Args:
+        lm: The model.
+        editors: By the name that users choose; fine-tuning, which needs no training, among them.
+        users: Sessions and training runs; a model that has any stays open.
+    """
+
+    lm: LanguageModel
+    editors: dict[str, Editor]
+    users: WeakSet[Any] = field(default_factory=WeakSet)
+
+    @property
+    def preferred(self) -> str:
+        """Name of the editor to begin with: a trained one where there is one."""
+        return [*self.editors][-1]
+
+    def add(self, folder: str | Path) -> tuple[str, str]:
+        """Offer a trained editor to all users of the model.
+
+        Args:
+            folder: Of the editor; one that is already on offer is read anew.
+
+        Returns:
+            Its name, and what must be said of it; "" if nothing.
+
+        Raises:
+            EditorError: No editor there, or it does not fit the model.
+        """
+        folder = Path(folder).expanduser().resolve()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            editor = load_editor(folder, self.lm)
+        name = folder.name
+        while name in self.editors and getattr(self.editors[name], "folder", "") != str(folder):
+            name += "'"
+        self.editors[name] = editor
+        return name, " ".join(str(w.message) for w in caught if w.category is UserWarning)
+
+
+class Shelf:
+    """Models that are open, at most `most`: the one unused for longest makes room for another.
+
+    Args:
+        bench: Its model and editor stay open.
+        most: How many models.
+    """
+
+    def __init__(self, bench: Workbench, most: int = 3) -> None:
+        self.first = OpenModel(
+            bench.lm, {editor.name: editor for editor in (FineTune(bench.lm), bench.editor)}
+        )
+        self.most = most
+        self._device = str(bench.lm.device)
+        self._open = {_key(bench.lm.source, bench.lm.quantization): self.first}
+        self._lock = threading.Lock()
+
+    def find(self, source: str, quantize: Quantization | None) -> OpenModel | None:
+        """The model, if it is open."""
+        return self._open.get(_key(source, quantize))
+
+    def estimate(self, source: str, quantize: Quantization | None) -> MemoryEstimate:
+        """Memory that a model would take.
+
+        Raises:
+            ModelError: There is no such model.
+        """
+        return estimate_memory(source or None, device=self._device, quantize=quantize)
+
+    def open(self, source: str, quantize: Quantization | None) -> OpenModel:
+        """The model, opened if it is not open yet.
+
+        Args:
+            source: Hub id, folder or GGUF file; "" for the embedded default.
+            quantize: "8bit", "4bit" or None.
+
+        Raises:
+            ModelError: It cannot be opened or does not fit into memory.
+        """
+        key = _key(source, quantize)
+        with self._lock:  # so that two users who ask for a model get one
+            found = self._open.pop(key, None)
+            if found is None:
+                self._make_room(source, quantize)
+                lm = open_model(
+                    source or None, device=self._device, quantize=quantize, progress=False
+                )
+                found = OpenModel(lm, {FineTune.name: FineTune(lm)})
+                if lm.source == DEFAULT_MODEL:
+                    found.editors[Mend.name] = open_editor(Mend.name, lm)
+            self._open[key] = found  # last: the one used most recently
+            return found
+
+    def _make_room(self, source: str, quantize: Quantization | None) -> None:
+        unused = [key for key, model in self._open.items() if not model.users]
+        while unused and (len(self._open) >= self.most or not self.estimate(source, quantize).fits):
+            del self._open[unused.pop(0)]
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if len(self._open) >= self.most:
+            names = ", ".join(model.lm.source for model in self._open.values())
+            raise ModelError(
+                f"All {self.most} models that this server keeps open are in use: {names}. Choose "
+                f"one of them, or wait until one is free."
+            )
+        self.estimate(source, quantize).check()
+
+
+def _key(source: str, quantize: Quantization | None) -> tuple[str, Quantization | None]:
+    path = Path(source).expanduser()
+    name = str(path.resolve()) if source and path.exists() else source or DEFAULT_MODEL
+    return name, quantize
