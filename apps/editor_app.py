@@ -19,7 +19,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from gradio import themes
 
-from apps.editor import api, markup, models, page
+from apps.editor import api, markup, models, page, train
+from apps.editor.runs import Runs
 from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from workbench import Workbench, WorkbenchError
@@ -80,11 +81,12 @@ _DOWNLOAD = """file => {
 }"""
 
 
-def build(workbench: Workbench) -> gr.Blocks:
+def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
     """Lay the app out over a workbench, whose model and editor all users share.
 
     Args:
         workbench: Each user begins with its model and editor, without its edits.
+        runs: Folder of the training runs; None: one in the user's cache.
     """
     shelf = Shelf(workbench)
     with gr.Blocks(
@@ -92,13 +94,14 @@ def build(workbench: Workbench) -> gr.Blocks:
         analytics_enabled=False,
         delete_cache=(HOURS, 24 * HOURS),
     ) as app:
-        state = gr.State(Session(shelf), time_to_live=24 * HOURS, delete_callback=Session.close)
+        session = Session(shelf, Runs(runs))
+        state = gr.State(session, time_to_live=24 * HOURS, delete_callback=Session.close)
         header = gr.HTML(markup.header(workbench), elem_classes="header", apply_default_css=False)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Edit", id="edit"):
                 with gr.Row():
                     with gr.Column(scale=2, min_width=320):
-                        form, buttons, editor = _form(state.value)
+                        form, buttons, editor = _form(session)
                     with gr.Column(scale=4, min_width=320):
                         table = gr.HTML(
                             placeholder("Choose an example or type an edit, then press Edit."),
@@ -109,6 +112,8 @@ def build(workbench: Workbench) -> gr.Blocks:
                 figures = _figures()
             with gr.Tab("Model", id="model"):
                 opening = models.layout()
+            with gr.Tab("Train", id="train"):
+                training = train.layout()
         _endpoints(state, form)  # before the page's own events, which would take the names
         screen = [state, table, history, undo, redo, files["adapter"], files["session"], *figures]
 
@@ -135,6 +140,7 @@ def build(workbench: Workbench) -> gr.Blocks:
         on(history.act, page.act, [state], [*screen, *form], "multiple")
         on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
         _opening(opening, state, header, editor, screen, form)
+        _training(app, training, state, header, editor)
         buttons["examples"].click(
             page.example, buttons["examples"], form, show_progress="hidden", **PRIVATE
         )
@@ -174,6 +180,27 @@ def _opening(
     for event in (tab["add"].click, tab["folder"].submit):
         event(models.add, [state, tab["folder"]], [tab["added"], *shown], **one_at_a_time)
     editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
+
+
+def _training(
+    app: gr.Blocks, tab: dict[str, Any], state: gr.State, header: gr.HTML, editor: gr.Radio
+) -> None:
+    """Wire the tab of training; every page asks now and then how the server's run stands."""
+    names = "status", "curves", "start", "stop", "earlier"
+    shown = [*(tab[name] for name in names), editor]
+    fields = "name", "data", "upload", "steps", "batch", "blocks", "rank", "lr", "c_edit"
+    wanted = [state, *(tab[name] for name in (*fields, "skip_bad"))]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
+    tab["data"].input(train.needs_file, tab["data"], tab["upload"], **quiet)
+    tab["start"].click(train.start, wanted, shown, show_progress_on=tab["status"], **PRIVATE)
+    tab["stop"].click(train.stop, state, shown, **quiet)
+    for name, handler in (("resume", train.resume), ("take", train.take)):
+        tab[name].click(
+            handler, [state, tab["earlier"]], shown, show_progress_on=tab["status"], **PRIVATE
+        )
+    tab["earlier"].input(train.watch, [state, tab["earlier"]], shown, **quiet)
+    app.load(train.arrive, state, [header, *shown], **quiet)
+    gr.Timer(2).tick(train.refresh, state, shown, **quiet)
 
 
 def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]:

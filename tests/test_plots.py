@@ -409,3 +409,57 @@ def test_labels_stay_on_one_short_line(prompt, target):
     assert len(label) <= len(" → ") + 48
     assert label[0] == prompt[0]
     assert label[-1] == target[-1]
+
+
+def logged(count: int, look_every: int = 4) -> list[dict[str, Any]]:
+    """Records as a trainer logs them: the edit loss is the step, the others its parts."""
+    found: list[dict[str, Any]] = []
+    for step in range(1, count + 1):
+        losses = {"edit": step, "edit_before": step * 2, "locality": step / 8, "total": step}
+        losses |= {"success": step / count}
+        found.append({"step": step, "gradient_norm": 1.0, **losses})
+        if step % look_every == 0:
+            found.append({"step": step, "validation": {k: v / 2 for k, v in losses.items()}})
+    return found
+
+
+MEASURES = ("edit_before", "edit", "locality", "success")
+
+
+def lines_and_looks(records: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    traces, _ = sent(plots.training_curves(records))
+    return tuple(
+        [t for t in traces if ("marker" in t and t["mode"] == "markers") == looks]
+        for looks in (False, True)
+    )  # type: ignore[return-value]
+
+
+def test_training_curves_are_the_logs_own_numbers():
+    records = logged(9)
+    steps = [record for record in records if "total" in record]
+    lines, looks = lines_and_looks(records)
+    for trace, measure in zip(lines, MEASURES, strict=True):
+        assert trace["x"] == [step["step"] for step in steps]
+        assert trace["y"] == [step[measure] for step in steps]
+    for trace, measure in zip(looks, MEASURES[1:], strict=True):
+        assert trace["x"] == [4, 8]
+        assert trace["y"] == [4 / 2 * steps[0][measure], 8 / 2 * steps[0][measure]]
+    panels = {trace["yaxis"] for trace in lines}
+    assert panels == {"y", "y2", "y3"}
+    assert lines[0]["yaxis"] == lines[1]["yaxis"] != lines[2]["yaxis"]
+
+
+def test_long_training_is_drawn_by_means_of_steps():
+    (_, edit, *_), looks = lines_and_looks(logged(1000, look_every=500))
+    assert len(edit["x"]) == 100
+    assert edit["x"][:2] == [10, 20]
+    assert edit["y"][:2] == [5.5, 15.5]
+    assert "step 11 to 20" in edit["hovertext"][1]
+    assert looks[0]["x"] == [500, 1000]
+
+
+def test_training_without_validation_has_curves_and_without_steps_none():
+    lines, looks = lines_and_looks(logged(3))
+    assert (len(lines), looks) == (4, [])
+    with pytest.raises(EditError, match="no training step"):
+        plots.training_curves([])

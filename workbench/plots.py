@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, Literal
 from unicodedata import east_asian_width
@@ -55,6 +55,13 @@ TEMPLATE = go.layout.Template(
 )
 
 _SYMBOLS = {"activation": "‖u‖", "delta": "‖δ‖", "pseudoactivation": "‖ũ‖", "pseudodelta": "‖δ̃‖"}
+# A training run's measures: panel, title, colour, dash.
+_CURVES = {
+    "edit_before": (1, "edit loss before the edit", "#8A8A8A", "dot"),
+    "edit": (1, "edit loss after it", "#D55E00", "solid"),
+    "locality": (2, "locality loss", "#0072B2", "solid"),
+    "success": (3, "edit success", "#009E73", "solid"),
+}
 _DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
 _SIGNS = {"\n": "↵", "\t": "⇥"} | {c: c for c in "\u3000\u200c\u200d"}
 _ROW, _BAR, _FOOT = 20, 76, 90  # pixels: one layer, the scale above a panel, the tokens below
@@ -187,6 +194,55 @@ def target_probabilities(comparison: Comparison) -> go.Figure:
         text = _plain(f"{_cut(row.prompt, 48 - len(target))} → {target}")
         figure.add_annotation(x=0, y=y, text=text, xanchor="left", yshift=15, showarrow=False)
     return figure.update_layout(template=TEMPLATE, height=110 + 44 * len(rows))
+
+
+def training_curves(records: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Losses and success of a training run, step by step: lines; diamonds are validation.
+
+    Args:
+        records: Of the run's log.jsonl: steps with their losses, and looks at the validation
+            edits. A long run's points are means over several steps.
+
+    Raises:
+        EditError: No step is among them.
+    """
+    steps = [record for record in records if "total" in record]
+    looks = [record["validation"] | record for record in records if "validation" in record]
+    if not steps:
+        raise EditError("There is no training step to show yet: the curves begin with the first.")
+    size = math.ceil(len(steps) / 100)
+    bins = [steps[i : i + size] for i in range(0, len(steps), size)]
+    figure = go.Figure().update_layout(template=TEMPLATE, grid={"rows": 3, "columns": 1})
+    for name, (row, title, color, dash) in _CURVES.items():
+        style = {"yaxis": f"y{row}", "legendgroup": name}
+        means = [sum(step[name] for step in part) / len(part) for part in bins]
+        spans = [" to ".join(dict.fromkeys(str(p["step"]) for p in (b[0], b[-1]))) for b in bins]
+        figure.add_scatter(
+            x=[part[-1]["step"] for part in bins],
+            y=means,
+            name=title,
+            mode="lines+markers" if len(bins) < 24 else "lines",
+            line={"color": color, "dash": dash, "width": 1.5},
+            hovertext=[f"step {s}<br>{name} = {m:.6g}" for s, m in zip(spans, means, strict=True)],
+            **style,
+        )
+        if looks and name != "edit_before":
+            figure.add_scatter(
+                x=[look["step"] for look in looks],
+                y=[look[name] for look in looks],
+                name=title,
+                mode="markers",
+                marker={"color": color, "size": 10, "symbol": "diamond"},
+                hovertext=[f"step {k['step']}<br>validation {name} = {k[name]:.6g}" for k in looks],
+                showlegend=False,
+                **style,
+            )
+    titles = ("edit loss (nats)", "locality loss (nats)", "edit success")
+    axes = {f"yaxis{n}": {"title": t, "rangemode": "tozero"} for n, t in enumerate(titles, 1)}
+    axes["yaxis3"] |= {"range": [-0.02, 1.02], "tickformat": ".0%"}
+    title = "step" + " (◆ on the validation edits)" * bool(looks)
+    figure.update_xaxes(title=title, anchor="y3", dtick=1 if len(steps) < 12 else None)
+    return figure.update_layout(axes, height=520)
 
 
 def _heatmaps(trace: EditTrace, factors: Sequence[Factor], columns: int) -> go.Figure:

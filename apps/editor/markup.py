@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from apps.editor.runs import Run
 from workbench import Edit, Workbench
 from workbench.memory import MemoryEstimate
 from workbench.session import HistoryEntry
@@ -89,6 +90,40 @@ def memory(estimate: MemoryEstimate, note: str = "") -> str:
         f'<div class="memory" role="status"><div class="meter {mood}" aria-hidden="true">'
         f'<i style="width: {share:.1%}"></i></div><p><b class="{mood}">{verdict}</b> '
         f"{escape(str(estimate))} {escape(note)}</p></div>"
+    )
+
+
+def run_status(run: Run | None) -> str:
+    """Where a training run stands."""
+    if run is None:
+        return placeholder("No training run is in progress. Its curves will be drawn here.")
+    steps, latest = run.records(), {}
+    for record in steps:
+        latest |= record
+    share = run.step / run.steps
+    left = (run.steps - run.step) * (run.seconds_per_step or 0.0)
+    facts = [f"step {run.step:,} of {run.steps:,}", f"{run.plan.data} · {run.plan.model}"]
+    if run.live and left:
+        facts.append(f"about {max(1, round(left / 60))} min left" if left > 50 else "almost done")
+    if "total" in latest:
+        facts += [
+            f"edit loss {latest['edit']:.3f} ({latest['edit_before']:.3f} before the edit)",
+            f"locality loss {latest['locality']:.4f}",
+            f"edit success {latest['success']:.0%}",
+        ]
+    items = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    ends = {
+        "stopped": "Resume it from the list of earlier runs.",
+        "interrupted": "The server ended before it did. Resume it from the list of earlier runs.",
+    }
+    said = run.plan.said or ends.get(run.state, "")
+    if run.keeps_editor and not run.live:
+        said += f" Its editor can be chosen by the name {run.name}."
+    return (
+        f'<div class="run" role="status" data-state="{run.state}"><h3>{escape(run.name)} '
+        f'<small class="{run.state}">{run.state}</small></h3>'
+        f'<div class="meter" aria-hidden="true"><i style="width: {share:.1%}"></i></div>'
+        f'<div class="facts">{items}</div><p>{escape(said.strip())}</p></div>'
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
 
+from apps.editor.runs import Run, Runs
 from apps.editor.shelf import OpenModel, Shelf
-from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError
+from workbench import Comparison, Edit, EditError, EditorError, Probe, Workbench, WorkbenchError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,16 +32,19 @@ class Session:
 
     Args:
         shelf: Where models and editors come from.
+        runs: The server's training runs.
     """
 
-    def __init__(self, shelf: Shelf) -> None:
-        self.shelf = shelf
+    def __init__(self, shelf: Shelf, runs: Runs | None = None) -> None:
+        self.shelf, self.runs = shelf, runs or Runs()
+        self.watching: str | None = None  # the run whose curves were asked for
+        self.seen: Any = None  # of the runs, on the screen
         self.lock = threading.RLock()
         self._files: TemporaryDirectory[str] | None = None
         self.use(shelf.first)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return Session(self.shelf)
+        return Session(self.shelf, self.runs)
 
     def use(self, model: OpenModel) -> None:
         """Begin anew over a model, without edits."""
@@ -99,6 +103,13 @@ class Session:
             known = ", ".join(self.model.editors)
             raise EditError(f"There is no editor {editor!r} for this model. Choose one of: {known}")
         self.editor, self.bench.editor = editor, self.model.editors[editor]
+
+    def watched(self) -> Run | None:
+        """The training run to show: the one asked for, else the server's last."""
+        try:
+            return self.runs.get(self.watching) if self.watching else self.runs.last
+        except EditorError:  # its folder is gone
+            return None
 
     def current(self) -> Edit | None:
         """The edit in view: the one chosen, else the last."""

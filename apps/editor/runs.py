@@ -1,0 +1,359 @@
+"""Training runs: the server's, one at a time, each in a folder from which it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.editor.shelf import OpenModel
+from workbench import DataError, EditorError, Mend, MendConfig, WorkbenchError
+from workbench.corpus import SENTENCES
+from workbench.data import EditExample, read
+from workbench.editors import default_editor_folder
+from workbench.files import write_text
+from workbench.models import DEFAULT_MODEL, LanguageModel, cache_folder
+from workbench.trainer import LOG, Progress, Trainer
+from workbench.training import StepLosses, TrainingConfig
+
+ABOUT, EDITOR = "run.json", "editor.safetensors"
+# Beside what the form asks: as the embedded model's editor was trained, with less memory.
+TRAINING = TrainingConfig(
+    steps=150,
+    batch=8,
+    lr=7e-4,
+    edit_lr_lr=3e-5,
+    c_edit=0.3,
+    clip=1.0,
+    text_tokens=14,
+    warmup=10,
+    decay=0.35,
+    validate_every=50,
+    validation=32,
+    save_every=25,
+    cache_gb=0.5,
+    health_after=100,
+)
+EDITING = MendConfig(rank=128, edit_lr=3e-4)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does: enough to start it, and to resume it on another day.
+
+    Args:
+        model: The model's source.
+        precision: How its weights are held.
+        data: "facts", or FORMAT:FILE with a file in the run's folder.
+        editor: Settings of the editor, as JSON values.
+        training: Settings of training, as JSON values.
+        skip_bad: Leave out records that cannot be read.
+        state: "running", "stopped", "finished" or "failed".
+        said: Why it failed, or how it ended.
+    """
+
+    model: str
+    precision: str
+    data: str
+    editor: dict[str, Any]
+    training: dict[str, Any]
+    skip_bad: bool = False
+    state: str = "running"
+    said: str = ""
+
+
+class Run:
+    """One run and its folder.
+
+    Args:
+        folder: Of the run; its name is the run's.
+        plan: What it does.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self.name = folder.name
+        self.seconds_per_step: float | None = None
+        self.stopping = threading.Event()
+        self._live = False
+        self._read: tuple[float, list[dict[str, Any]]] = (0.0, [])
+
+    @classmethod
+    def at(cls, folder: Path) -> Run:
+        """A run of this server or of an earlier one.
+
+        Raises:
+            EditorError: The folder holds none.
+        """
+        try:
+            return cls(folder, Plan(**json.loads((folder / ABOUT).read_text("utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise EditorError(f"{folder.name} is no training run ({error!r}).") from None
+
+    @property
+    def state(self) -> str:
+        """The plan's state; "interrupted" where the server ended before the run did."""
+        if self._live:
+            return "stopping" if self.stopping.is_set() else "running"
+        return "interrupted" if self.plan.state == "running" else self.plan.state
+
+    @property
+    def live(self) -> bool:
+        return self._live
+
+    @property
+    def steps(self) -> int:
+        return int(self.plan.training["steps"])
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as they are logged."""
+        return max((record["step"] for record in self.records()[-2:]), default=0)
+
+    @property
+    def keeps_editor(self) -> bool:
+        """Whether there is an editor to edit with."""
+        return self.plan.state != "failed" and (self.folder / EDITOR).exists()
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log's records so far; the list is read again only where the file has changed."""
+        try:
+            changed = (self.folder / LOG).stat().st_mtime_ns
+            if changed != self._read[0]:
+                whole = (self.folder / LOG).read_text().rpartition("\n")[0]
+                self._read = changed, [json.loads(line) for line in whole.splitlines()]
+        except FileNotFoundError:
+            return []
+        return self._read[1]
+
+    def note(self, state: str, said: str = "") -> None:
+        """Keep the run's state in its folder."""
+        self.plan = replace(self.plan, state=state, said=said)
+        write_text(self.folder / ABOUT, json.dumps(asdict(self.plan), indent=2) + "\n")
+
+    def train(self, trainer: Trainer, model: OpenModel) -> None:
+        """Run to the end, or until stopped; the thread's work."""
+        state, said = "failed", ""
+        try:
+            progress = trainer.run(resume=True, bar=False)
+            early = self.stopping.is_set() and progress.step < self.steps
+            state = "stopped" if early else "finished"
+            if not early and progress.step < self.steps:
+                said = f"Validation stopped improving after step {progress.best_step}."
+        except WorkbenchError as error:
+            said = str(error)
+        except Exception as error:  # the thread's last word: nobody else would hear of it
+            _log.exception("Training run %s", self.name)
+            said = f"{type(error).__name__}: {error}"
+        self.note(state, said)
+        if self.keeps_editor:
+            model.add(self.folder)
+        model.users.discard(self)
+        self._live = False
+
+    def begin(self, trainer: Trainer, model: OpenModel) -> None:
+        """Train in the background, over the model that all users share."""
+        self.note("running")
+        self._live = True
+        model.users.add(self)
+        # A daemon: a server that ends does not wait; the run goes on from its last checkpoint.
+        threading.Thread(target=self.train, args=(trainer, model), daemon=True).start()
+
+
+class Runs:
+    """All runs of a server.
+
+    Args:
+        folder: Where they are kept; None: in the user's cache.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self.last: Run | None = None  # of this server: the live one, if there is any
+
+    @property
+    def folder(self) -> Path:
+        return self._folder or cache_folder() / "runs"
+
+    def of(self, lm: LanguageModel) -> list[str]:
+        """Names of the runs over a model, the newest first."""
+        found = []
+        for about in self.folder.glob(f"*/{ABOUT}"):
+            try:
+                plan = Run.at(about.parent).plan
+            except EditorError:
+                continue
+            if (plan.model, plan.precision) == (lm.source, lm.precision):
+                found.append(about)
+        return [about.parent.name for about in sorted(found, key=_age)]
+
+    def get(self, name: str) -> Run:
+        """The run of that name.
+
+        Raises:
+            EditorError: There is none.
+        """
+        if self.last is not None and self.last.name == name:
+            return self.last
+        return Run.at(self._place(name))
+
+    def _place(self, name: str) -> Path:
+        if not re.fullmatch(r"\w[\w .+-]{0,59}", name) or name != name.strip():
+            raise EditorError(
+                f"{name!r} is no name for a run: give up to 60 letters, digits, spaces, '-', '_', "
+                f"'+' and '.', beginning with a letter or a digit."
+            )
+        return self.folder / name
+
+    def start(
+        self,
+        model: OpenModel,
+        name: str,
+        data: str,
+        *,
+        upload: Path | None = None,
+        editor: MendConfig = EDITING,
+        training: TrainingConfig = TRAINING,
+        skip_bad: bool = False,
+    ) -> Run:
+        """Start a run in the background.
+
+        Args:
+            model: To train an editor for.
+            name: Of the run, and of its editor.
+            data: "facts", or the format of `upload`.
+            upload: A data file, which is copied.
+            editor: Settings of the editor.
+            training: Settings of training.
+            skip_bad: Leave out records that cannot be read.
+
+        Raises:
+            EditorError: A run is in progress, the name is taken, or a setting is wrong.
+            DataError: The data cannot be read.
+        """
+        place, lm = self._place(name), model.lm
+        with self._lock:
+            self._refuse_second()
+            if place.exists():
+                raise EditorError(
+                    f"There is a run named {name!r}: resume it, or give another name."
+                )
+            spec = f"{data}:{upload}" if upload else data
+            examples, validation = _read(spec, skip_bad)
+            kept = f"{data}:{upload.name}" if upload else data
+            plan = Plan(lm.source, lm.precision, kept, asdict(editor), asdict(training), skip_bad)
+            run = Run(place, plan)
+            trainer = _trainer(run, lm, examples, validation)
+            place.mkdir(parents=True)
+            if upload:
+                shutil.copy(upload, place / upload.name)
+            self.last = run
+            run.begin(trainer, model)
+            return run
+
+    def resume(self, model: OpenModel, name: str) -> Run:
+        """Go on with a run that was stopped, or that an earlier server left.
+
+        Raises:
+            EditorError: A run is in progress, this one is finished or of another model, or its
+                folder cannot be read.
+        """
+        with self._lock:
+            self._refuse_second()
+            run = Run.at(self._place(name))
+            lm, plan = model.lm, run.plan
+            if run.state == "finished":
+                raise EditorError(f"{name} is finished, after {run.step} steps: start another run.")
+            if (plan.model, plan.precision) != (lm.source, lm.precision):
+                raise EditorError(
+                    f"{name} trains an editor for {plan.model} in {plan.precision}; the model that "
+                    f"is open is {lm.source} in {lm.precision}. Open the first on the Model tab."
+                )
+            format, colon, file = plan.data.partition(":")
+            spec = f"{format}:{run.folder / file}" if colon else format
+            trainer = _trainer(run, lm, *_read(spec, plan.skip_bad))
+            self.last = run
+            run.begin(trainer, model)
+            return run
+
+    def stop(self) -> None:
+        """Ask the live run to stop after its step; it keeps its editor and a checkpoint.
+
+        Raises:
+            EditorError: None is live.
+        """
+        if self.last is None or not self.last.live:
+            raise EditorError("No training run is in progress.")
+        self.last.stopping.set()
+
+    def _refuse_second(self) -> None:
+        if self.last is not None and self.last.live:
+            raise EditorError(
+                f"This server trains one editor at a time: {self.last.name} is at step "
+                f"{self.last.step} of {self.last.steps}. Wait for its end, or stop it."
+            )
+
+
+def blocks_of(lm: LanguageModel) -> list[int] | None:
+    """Blocks to edit where none are asked for: those of the model's own editor, if it has one."""
+    if lm.source != DEFAULT_MODEL:
+        return None
+    about = json.loads((default_editor_folder() / "editor.json").read_text("utf-8"))
+    return about["settings"]["blocks"]
+
+
+def _age(about: Path) -> float:
+    return -about.stat().st_mtime
+
+
+def _read(spec: str, skip_bad: bool) -> tuple[Sequence[EditExample], Sequence[EditExample]]:
+    """Examples to learn from, and of other subjects to look at."""
+    path = spec.partition(":")[2]
+    try:
+        examples = read(spec, split="train", skip_bad=skip_bad)
+        try:
+            others: Sequence[EditExample] = read(spec, split="dev", skip_bad=skip_bad)
+        except DataError:  # too few for a split of their own
+            others = ()
+    except DataError as error:  # without the server's folder
+        raise DataError(str(error).replace(path, Path(path).name) if path else str(error)) from None
+    # Spread over the whole file, not its beginning.
+    return examples, others[:: max(1, len(others) // TRAINING.validation)]
+
+
+def _trainer(
+    run: Run,
+    lm: LanguageModel,
+    examples: Sequence[EditExample],
+    validation: Sequence[EditExample],
+) -> Trainer:
+    began: list[float] = []
+
+    def on_step(progress: Progress, losses: StepLosses) -> bool:
+        began.append(time.monotonic())
+        if len(began) > 1:
+            run.seconds_per_step = (began[-1] - began[0]) / (len(began) - 1)
+        return not run.stopping.is_set()
+
+    torch.manual_seed(run.plan.training["seed"])
+    return Trainer(
+        Mend.from_settings(lm, run.plan.editor),
+        examples,
+        list(SENTENCES),
+        TrainingConfig(**run.plan.training),
+        run.folder,
+        validation=validation,
+        card={"data": run.plan.data, "split": "train", "examples": len(examples)},
+        on_step=on_step,
+    )
