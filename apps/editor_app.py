@@ -96,7 +96,9 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
     ) as app:
         session = Session(shelf, Runs(runs))
         state = gr.State(session, time_to_live=24 * HOURS, delete_callback=Session.close)
-        header = gr.HTML(markup.header(workbench), elem_classes="header", apply_default_css=False)
+        header = gr.HTML(
+            markup.header(workbench, session.editor), elem_classes="header", apply_default_css=False
+        )
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Edit", id="edit"):
                 with gr.Row():
@@ -211,8 +213,8 @@ def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]
     target = gr.Textbox("", label="What it should say", placeholder="Lyon", elem_id="target")
     editor = gr.Radio(**models.choice(session), label="Editor", elem_id="editor")
     with gr.Row():
-        edit = gr.Button("Edit", variant="primary", elem_id="edit")
-        compare = gr.Button("Compare only", elem_id="compare")
+        edit = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
+        compare = gr.Button("Compare only", min_width=120, elem_id="compare")
     examples = gr.Dataset(
         components=[gr.Textbox(visible=False)],
         samples=[[f"{example.prompt} → {example.target}"] for example in EXAMPLES],

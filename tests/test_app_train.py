@@ -113,7 +113,7 @@ def test_a_run_ends_and_its_editor_is_offered_to_all(session: Session, data: Pat
     assert other.edit("Item 3 is", "q").id == 1
     status, curves, start, stop, earlier, editor = train.show(other)
     assert "step 3 of 3" in status
-    assert len(curves.data) > 0
+    assert len(curves["value"].data) > 0
     assert (start["interactive"], stop["interactive"]) == (True, False)
     assert earlier["choices"] == ["mine"]
     assert editor["value"] == "mine"

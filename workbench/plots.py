@@ -238,6 +238,7 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> go.Figure:
                 **style,
             )
     titles = ("edit loss (nats)", "locality loss (nats)", "edit success")
+    axes: dict[str, dict[str, Any]]
     axes = {f"yaxis{n}": {"title": t, "rangemode": "tozero"} for n, t in enumerate(titles, 1)}
     axes["yaxis3"] |= {"range": [-0.02, 1.02], "tickformat": ".0%"}
     title = "step" + " (◆ on the validation edits)" * bool(looks)

@@ -32,7 +32,7 @@ element.addEventListener('change', event => {
 """
 
 
-def header(bench: Workbench) -> str:
+def header(bench: Workbench, editor: str) -> str:
     """Title, and what is open: model, device, dtype, memory, editor and how it was trained."""
     lm, layers = bench.lm, bench.editor.layers
     blocks = ", ".join(map(str, sorted({layer.block for layer in layers})))
@@ -42,7 +42,7 @@ def header(bench: Workbench) -> str:
         "dtype": str(lm.dtype).removeprefix("torch."),
         "weights": lm.quantization,
         "memory": f"{lm.model.get_memory_footprint() / 2**20:,.0f} MiB",
-        "editor": bench.editor.name,
+        "editor": editor,
         "edits": f"{len(layers)} matrices in block{'s' * (',' in blocks)} {blocks}",
     }
     items = "".join(

@@ -14,7 +14,7 @@ from workbench.models import Quantization
 from workbench.tables import placeholder
 
 LABELS = {"mend": "MEND (trained)", "ft": "Fine-tuning"}
-WEIGHTS: list[tuple[str, str]] = [("As they are", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
+WEIGHTS: list[tuple[str, str]] = [("Full", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
 
 
 def choice(session: Session) -> dict[str, Any]:
@@ -49,8 +49,10 @@ def layout() -> dict[str, Any]:
                 WEIGHTS, value="", label="Weights", info="8-bit and 4-bit need bitsandbytes"
             )
             with gr.Row():
-                estimate = gr.Button("Estimate memory", elem_id="model-estimate")
-                open = gr.Button("Open model", variant="primary", elem_id="model-open")
+                estimate = gr.Button("Estimate memory", min_width=120, elem_id="model-estimate")
+                open = gr.Button(
+                    "Open model", variant="primary", min_width=120, elem_id="model-open"
+                )
             said = gr.HTML(
                 placeholder("The memory that a model needs is worked out before it is opened."),
                 elem_id="model-said",
@@ -116,7 +118,7 @@ def switch(session: Session, source: str, quantize: str) -> Iterator[tuple[Any, 
         )
     yield (
         placeholder(said),
-        markup.header(session.bench),
+        markup.header(session.bench, session.editor),
         gr.update(**choice(session)),
         *shown,
         *page.form("", "", ()),
@@ -131,11 +133,15 @@ def add(session: Session, folder: str) -> tuple[Any, ...]:
     name, warning = session.model.add(folder.strip())
     session.choose(name)
     said = f"{name} is open, and chosen for the next edit. {warning}"
-    return placeholder(said), markup.header(session.bench), gr.update(**choice(session))
+    return (
+        placeholder(said),
+        markup.header(session.bench, session.editor),
+        gr.update(**choice(session)),
+    )
 
 
 @guarded
 def choose(session: Session, editor: str) -> str:
     """Make the next edits with another editor; returns the header."""
     session.choose(editor)
-    return markup.header(session.bench)
+    return markup.header(session.bench, session.editor)

@@ -15,7 +15,7 @@ from workbench import DataError, EditorError, plots
 from workbench.data import FORMATS
 
 DATA = {
-    "facts": "Built-in facts: 7,051 edits over 46 relations",
+    "facts": "Built-in facts (7,051 edits)",
     "counterfact": "CounterFact file",
     "zsre": "zsRE file",
     "fever": "FEVER file",
@@ -72,22 +72,26 @@ def layout() -> dict[str, Any]:
                     )
                 tab["skip_bad"] = gr.Checkbox(False, label="Leave out records that cannot be read")
             with gr.Row():
-                tab["start"] = gr.Button("Start training", variant="primary", elem_id="run-start")
+                tab["start"] = gr.Button(
+                    "Start training", variant="primary", min_width=120, elem_id="run-start"
+                )
                 tab["stop"] = gr.Button(
-                    "Stop", variant="stop", interactive=False, elem_id="run-stop"
+                    "Stop", variant="stop", interactive=False, min_width=120, elem_id="run-stop"
                 )
             gr.Markdown("### Earlier runs over this model")
             tab["earlier"] = gr.Dropdown(
                 [], value=None, label="Run", info="Choose one to see its curves", elem_id="run-list"
             )
             with gr.Row():
-                tab["resume"] = gr.Button("Resume", size="sm", elem_id="run-resume")
-                tab["take"] = gr.Button("Open its editor", size="sm", elem_id="run-take")
+                tab["resume"] = gr.Button("Resume", size="sm", min_width=90, elem_id="run-resume")
+                tab["take"] = gr.Button(
+                    "Open its editor", size="sm", min_width=90, elem_id="run-take"
+                )
         with gr.Column(scale=4, min_width=320):
             tab["status"] = gr.HTML(
                 markup.run_status(None), elem_id="run-status", apply_default_css=False
             )
-            tab["curves"] = gr.Plot(show_label=False, elem_id="run-curves")
+            tab["curves"] = gr.Plot(show_label=False, visible=False, elem_id="run-curves")
     return tab
 
 
@@ -103,7 +107,7 @@ def show(session: Session) -> tuple[Any, ...]:
     has_steps = any("total" in record for record in records)
     return (
         markup.run_status(run),
-        plots.training_curves(records) if has_steps else None,
+        gr.update(value=plots.training_curves(records) if has_steps else None, visible=has_steps),
         gr.update(interactive=not live),
         gr.update(interactive=live),
         gr.update(choices=names, value=run.name if run and run.name in names else None),
@@ -124,7 +128,7 @@ def refresh(session: Session) -> tuple[Any, ...]:
 def arrive(session: Session) -> tuple[Any, ...]:
     """What a freshly loaded page shows."""
     session.seen = None
-    return markup.header(session.bench), *refresh(session)
+    return markup.header(session.bench, session.editor), *refresh(session)
 
 
 def watch(session: Session, name: str | None) -> tuple[Any, ...]:
