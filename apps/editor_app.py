@@ -25,7 +25,7 @@ from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from workbench import Workbench, WorkbenchError
 from workbench.corpus import EXAMPLES
-from workbench.tables import CSS, placeholder
+from workbench.tables import CSS
 
 HOURS = 3600
 # The model runs for so many users at once; the others wait in the queue.
@@ -105,10 +105,9 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
                     with gr.Column(scale=2, min_width=320):
                         form, buttons, editor = _form(session)
                     with gr.Column(scale=4, min_width=320):
+                        cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel")
                         table = gr.HTML(
-                            placeholder("Choose an example or type an edit, then press Edit."),
-                            elem_id="comparison",
-                            apply_default_css=False,
+                            session.table, elem_id="comparison", apply_default_css=False
                         )
                         history, undo, redo, files = _history()
                 figures = _figures()
@@ -117,7 +116,8 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
             with gr.Tab("Train", id="train"):
                 training = train.layout()
         _endpoints(state, form)  # before the page's own events, which would take the names
-        screen = [state, table, history, undo, redo, files["adapter"], files["session"], *figures]
+        tools = [undo, redo, files["adapter"], files["session"]]
+        screen = [state, table, cancel, history, *tools, *figures]
 
         listed = [*form[2:5], form[-1]]  # the lists that are suggested, and for which prompt
 
@@ -132,6 +132,7 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
                 **PRIVATE,
             )
 
+        cancel.click(page.cancel, state, queue=False, **PRIVATE)
         for event in (buttons["edit"].click, form[0].submit, form[1].submit):
             on(event, page.edit, [state, editor, *form], [*screen, *listed])
         on(buttons["compare"].click, page.compare, [state, *form], [*screen, *listed])

@@ -29,7 +29,7 @@ from workbench import (
     tables,
 )
 from workbench.editors import default_editor_folder, load_editor
-from workbench.session import HistoryEntry
+from workbench.results import HistoryEntry
 
 if TYPE_CHECKING:
     from workbench.models import LanguageModel
@@ -173,7 +173,7 @@ def test_a_session_goes_to_a_file_and_back(session: Session, bench: Workbench):
     session.bench.strength(2, 0.5)
     saved = page.save(session)
     other = Session(Shelf(bench))
-    values = page.load(other, saved)
+    *_, values = page.load(other, saved)
     assert other.bench.history == session.bench.history
     assert "Bees make" in values
     restored, kept = (
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_session_is_refused(session: Session, tmp_path):
         archive.writestr("../session.json", "{}")
     for path in (text, empty):
         with pytest.raises(gr.Error, match="is no saved session"):
-            page.load(session, str(path))
+            list(page.load(session, str(path)))
     assert len(session.bench.history) == 1
 
 

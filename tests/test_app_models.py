@@ -15,7 +15,7 @@ import torch
 from families import FAMILIES, language_model, tiny_tokenizer
 
 from apps.editor import models, page
-from apps.editor.sessions import Session
+from apps.editor.sessions import SCREEN, Session
 from apps.editor.shelf import Shelf
 from workbench import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig, ModelError, Workbench
 from workbench.editors import save_editor
@@ -66,7 +66,7 @@ def test_a_model_is_estimated_then_opened_without_the_edits(session: Session, fo
     session.edit("abba is", "xy")
     before = session.model
     opening, opened = switched(session, folder)
-    assert len(opening) == len(opened) == 3 + page.SCREEN + page.FORM
+    assert len(opening) == len(opened) == 3 + SCREEN + page.FORM
     assert "It fits." in opening[0]
     assert str(folder) in opened[0]
     assert "1 edit of the model before stayed behind" in opened[0]
@@ -184,7 +184,7 @@ def test_a_session_of_another_model_says_which(session: Session, folder: Path):
     made = page.save(session)
     switched(session, folder)
     with pytest.raises(gr.Error, match="was made over tiny-llama"):
-        page.load(session, made)
+        list(page.load(session, made))
     assert session.bench.lm.source == str(folder)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from workbench.cancel import checkpoint
 from workbench.encoding import Batch, collate, has_label, label_names, tokenize
 from workbench.errors import EditError
 from workbench.models import LanguageModel
@@ -21,8 +24,24 @@ from workbench.views import target_logits
 _CHUNK = 16  # prompts in one pass
 
 
+class _EachToken(StoppingCriteria):
+    """Stops nothing by itself: a place to cancel, and to look at the tokens so far."""
+
+    def __init__(self, look: Callable[[Tensor], object]) -> None:
+        self.look = look
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        checkpoint()
+        self.look(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def generate_texts(
-    lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int, **options: Any
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    watch: Callable[[list[str]], object] | None = None,
+    **options: Any,
 ) -> list[str]:
     """Continue prompts in one left-padded batch, greedily unless options say otherwise.
 
@@ -30,10 +49,12 @@ def generate_texts(
         lm: The model, under whatever overlay is live.
         prompts: At least one text, none empty.
         max_new_tokens: Length of the continuations.
+        watch: Called with the continuations so far, token by token.
         options: For transformers' `generate`.
 
     Raises:
         EditError: A prompt is empty, or the model does not generate text.
+        Cancelled: See `cancellable`.
     """
     if lm.kind == "classifier":
         raise EditError("A classifier has no continuation: compare its labels' probabilities.")
@@ -47,19 +68,30 @@ def generate_texts(
     inputs = inputs.to(lm.device)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     settings["pad_token_id"] = tokenizer.pad_token_id
+    start = 0 if lm.kind == "seq2seq" else inputs["input_ids"].shape[1]
+
+    def texts(tokens: Tensor) -> list[str]:
+        return tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+
+    each = _EachToken(lambda tokens: watch and watch(texts(tokens)))
+    stops = [*options.pop("stopping_criteria", ()), each]
     with torch.no_grad():
         output = cast(Any, lm.model).generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList(stops),
             **(settings | options),
         )
-    start = 0 if lm.kind == "seq2seq" else inputs["input_ids"].shape[1]
-    return tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+    return texts(output)
 
 
 def compare_prompts(
-    lm: LanguageModel, update: Update, probes: Sequence[Probe], max_new_tokens: int
+    lm: LanguageModel,
+    update: Update,
+    probes: Sequence[Probe],
+    max_new_tokens: int,
+    watch: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
     """Every probe before and after an update; base and edited run as rows of one batch.
 
@@ -68,15 +100,38 @@ def compare_prompts(
         update: The change; empty: both sides are the base model.
         probes: What to look at.
         max_new_tokens: Length of the continuations.
+        watch: Called with the rows so far, as their texts grow token by token.
+
+    Raises:
+        Cancelled: See `cancellable`.
     """
     rows: list[PromptComparison] = []
     for start in range(0, len(probes), _CHUNK):
-        rows += _compare_chunk(lm, update, probes[start : start + _CHUNK], max_new_tokens)
+        checkpoint()
+        chunk = probes[start : start + _CHUNK]
+        grown = partial(_show, watch, tuple(rows), chunk) if watch else None
+        rows += _compare_chunk(lm, update, chunk, max_new_tokens, grown)
     return Comparison(tuple(rows))
 
 
+def _show(
+    watch: Callable[[Comparison], object],
+    finished: tuple[PromptComparison, ...],
+    probes: Sequence[Probe],
+    texts: list[str],
+) -> None:
+    """Hand on the rows so far: those that are finished, then those under way."""
+    pairs = zip(probes, texts, texts[len(probes) :], strict=False)
+    late = [PromptComparison(probe.prompt, probe.kind, base, new) for probe, base, new in pairs]
+    watch(Comparison((*finished, *late), unfinished=len(late)))
+
+
 def _compare_chunk(
-    lm: LanguageModel, update: Update, probes: Sequence[Probe], max_new_tokens: int
+    lm: LanguageModel,
+    update: Update,
+    probes: Sequence[Probe],
+    max_new_tokens: int,
+    watch: Callable[[list[str]], object] | None,
 ) -> list[PromptComparison]:
     prompts = [probe.prompt for probe in probes]
     n = len(probes)
@@ -84,7 +139,7 @@ def _compare_chunk(
     texts = [""] * 2 * n
     if lm.kind != "classifier":
         with overlay(lm.model, update, both):
-            texts = generate_texts(lm, prompts * 2, max_new_tokens)
+            texts = generate_texts(lm, prompts * 2, max_new_tokens, watch)
     known = [probe.target is not None and _sayable(lm, probe.target) for probe in probes]
     # Without an answer to follow, the base model's own text stands in: it shows what moved.
     spare = label_names(lm)[0] if lm.kind == "classifier" else "."

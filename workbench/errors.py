@@ -17,5 +17,9 @@ class EditorError(WorkbenchError):
     """An editor cannot be opened, trained or applied to this model."""
 
 
+class Cancelled(WorkbenchError):
+    """The one who asked for something has called it off; nothing has been changed."""
+
+
 class EditError(WorkbenchError):
     """An edit request cannot be carried out; nothing has been changed."""

@@ -117,6 +117,10 @@ class EditStack:
     _cursor: int = 0
     _cached: tuple[tuple[StackEntry, ...], Update] | None = None
 
+    def copy(self) -> EditStack:
+        """A stack with the same history, which then goes its own way."""
+        return replace(self, _states=[*self._states])
+
     @property
     def entries(self) -> tuple[StackEntry, ...]:
         """The edits of the present state, oldest first."""

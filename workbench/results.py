@@ -123,13 +123,29 @@ class PromptComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Prompts before and after; `rows` in the order given."""
+    """Prompts before and after.
+
+    Args:
+        rows: In the order given.
+        unfinished: How many of the last ones are still being written: texts so far, no figures.
+    """
 
     rows: tuple[PromptComparison, ...]
+    unfinished: int = 0
 
     def of_kind(self, kind: str) -> tuple[PromptComparison, ...]:
         """The rows of one kind."""
         return tuple(row for row in self.rows if row.kind == kind)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One live edit: its id, its title, whether it is on, and how strongly."""
+
+    id: int
+    title: str
+    enabled: bool
+    strength: float
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from workbench.errors import EditError
 from workbench.models import LanguageModel, Quantization, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe, suggest
-from workbench.results import Comparison, EditTrace, Overlap, overlap_of, trace_of
+from workbench.results import Comparison, EditTrace, HistoryEntry, Overlap, overlap_of, trace_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
 from workbench.updates import Update
 
@@ -65,16 +65,6 @@ class Edit:
         return export_peft(self.update, self.lm, folder, note=self.title)
 
 
-@dataclass(frozen=True)
-class HistoryEntry:
-    """One live edit: its id, its title, whether it is on, and how strongly."""
-
-    id: int
-    title: str
-    enabled: bool
-    strength: float
-
-
 class Workbench:
     """A frozen model, an editor, and one user's live edits.
 
@@ -118,9 +108,16 @@ class Workbench:
         lm = open_model(model, device=device, dtype=dtype, quantize=quantize, progress=progress)
         return cls(lm, open_editor(editor, lm))
 
-    def fork(self) -> Workbench:
-        """Another user's workbench over the same model and editor, without this one's edits."""
-        return Workbench(self.lm, self.editor)
+    def fork(self, *, edits: bool = False) -> Workbench:
+        """Another workbench over the same model and editor.
+
+        Args:
+            edits: With this one's edits and history, which then go separate ways.
+        """
+        bench = Workbench(self.lm, self.editor)
+        if edits:
+            bench._stack, bench._edits = self._stack.copy(), dict(self._edits)
+        return bench
 
     def __repr__(self) -> str:
         live = sum(entry.enabled for entry in self.history)
@@ -319,6 +316,7 @@ class Workbench:
         *,
         target: str | None = None,
         max_new_tokens: int = 12,
+        watch: Callable[[Comparison], object] | None = None,
     ) -> Comparison:
         """Base and edited text, and the target's probability under both, in one pass for both.
 
@@ -326,13 +324,14 @@ class Workbench:
             prompts: Texts, or probes, which bring their own kind and target.
             target: Whose probability to give for plain texts; None: the last edit's target.
             max_new_tokens: Length of the continuations.
+            watch: Called with the rows so far, as their texts grow token by token.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if target is None:
             requests = [r for edit in self.edits for r in edit.requests]
             target = requests[-1].target if requests else None
         probes = [Probe(p, "other", target) if isinstance(p, str) else p for p in listed]
-        return compare_prompts(self.lm, self.update, probes, max_new_tokens)
+        return compare_prompts(self.lm, self.update, probes, max_new_tokens, watch)
 
     def suggest(self, prompt: str, target: str) -> tuple[Probe, ...]:
         """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from difflib import SequenceMatcher
 from html import escape
@@ -37,9 +37,12 @@ def placeholder(text: str) -> str:
 def comparison_table(comparison: Comparison, note: str = "") -> str:
     """Every prompt before and after, grouped by kind, with what changed marked."""
     groups = [(kind, comparison.of_kind(kind)) for kind in KINDS]
+    finished = comparison.rows[: len(comparison.rows) - comparison.unfinished]
     head = "".join(f'<th scope="col">{name}</th>' for name in _COLUMNS)
-    body = "".join(_group(kind, rows) for kind, rows in groups if rows)
+    body = "".join(_group(kind, rows, finished) for kind, rows in groups if rows)
     counts = "".join(_count(kind, rows) for kind, rows in groups if rows and kind != "other")
+    if comparison.unfinished:
+        counts = "writing …"
     return (
         f'<div class="comparison"><div class="counts" role="status">{counts}'
         f'<span class="note">{escape(note)}</span></div>'
@@ -60,18 +63,22 @@ def _count(kind: str, rows: Iterable[PromptComparison]) -> str:
     return f'<span class="{"good" if good == of else "bad"}">{what}</span>'
 
 
-def _group(kind: str, rows: Iterable[PromptComparison]) -> str:
+def _group(
+    kind: str, rows: Iterable[PromptComparison], finished: Collection[PromptComparison]
+) -> str:
     name, expected = KINDS[kind]
     return (
         f'<tbody data-kind="{kind}" style="--kind: {KIND_COLORS[kind]}"><tr class="kind">'
         f'<th scope="rowgroup" colspan="{len(_COLUMNS)}">{name} <small>{expected}</small></th></tr>'
-        f"{''.join(map(_row, rows))}</tbody>"
+        f"{''.join(_row(row, row in finished) for row in rows)}</tbody>"
     )
 
 
-def _row(row: PromptComparison) -> str:
-    verdict, mood = _verdict(row)
-    before, after = _marked(row.base_text, row.edited_text)
+def _row(row: PromptComparison, finished: bool) -> str:
+    verdict, mood = _verdict(row) if finished else ("…", "plain")
+    # What is half written differs for no reason.
+    texts = (row.base_text, row.edited_text)
+    before, after = _marked(*texts) if finished else map(escape, texts)
     chance = "–"
     if row.target is not None:
         chance = (

@@ -15,7 +15,8 @@ from workbench import plots
 from workbench.corpus import EXAMPLES
 from workbench.errors import EditError, WorkbenchError
 from workbench.probes import LISTED, Probe, as_lines, read_form, suggest
-from workbench.session import Edit, HistoryEntry, Workbench
+from workbench.results import HistoryEntry
+from workbench.session import Edit, Workbench
 from workbench.tables import CSS, comparison_table, placeholder
 
 _STYLE = f"<style>{CSS.read_text(encoding='utf-8')}</style>"

@@ -9,7 +9,7 @@ from typing import Any
 from apps.editor.runs import Run
 from workbench import Edit, Workbench
 from workbench.memory import MemoryEstimate
-from workbench.session import HistoryEntry
+from workbench.results import HistoryEntry
 from workbench.tables import placeholder
 
 # Clicks in the history become one event, `act`, that names the action, the edit and a value.
@@ -79,6 +79,11 @@ def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def busy(table: str) -> str:
+    """What was there, dimmed, while something is being done."""
+    return f'<p class="empty" role="status">Working …</p><div class="stale">{table}</div>'
 
 
 def memory(estimate: MemoryEstimate, note: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from apps.editor import markup, page
-from apps.editor.sessions import Session, guarded, readable
+from apps.editor.sessions import SCREEN, Session, guarded, readable
 from workbench import EditorError
 from workbench.models import Quantization
 from workbench.tables import placeholder
@@ -102,7 +102,7 @@ def switch(session: Session, source: str, quantize: str) -> Iterator[tuple[Any, 
     with readable():
         if session.shelf.find(source, held) is None:
             needed = markup.memory(session.shelf.estimate(source, held), "Opening it …")
-            yield needed, *(gr.skip(),) * (2 + page.SCREEN + page.FORM)
+            yield needed, *(gr.skip(),) * (2 + SCREEN + page.FORM)
         model = session.shelf.open(source, held)
     with session.lock:
         left = len(session.bench.edits)

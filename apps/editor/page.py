@@ -13,9 +13,10 @@ from typing import Any
 import gradio as gr
 
 from apps.editor import markup
-from apps.editor.sessions import Session, guarded
+from apps.editor.sessions import Session, guarded, streamed
 from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError, plots, tables
 from workbench.corpus import EXAMPLES
+from workbench.errors import Cancelled
 from workbench.probes import LISTED, as_lines, read_form, suggest
 
 SESSION_FILE = "session.safetensors"
@@ -23,7 +24,7 @@ MOST_BYTES = 2**31  # of an unpacked session
 
 # `screen` gives the values of the components that show a session, `form` those of the
 # form; editor_app.py lists the components in the same order.
-SCREEN, FORM = 15, len(LISTED) + 3
+FORM = len(LISTED) + 3
 
 
 def form(prompt: str, target: str, probes: Sequence[Probe]) -> tuple[str, ...]:
@@ -40,6 +41,8 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
         start = time.perf_counter()
         try:
             comparison = session.compare(session.probes)
+        except Cancelled:
+            raise
         except WorkbenchError as error:  # what was done is done; only the table is missing
             comparison, table = Comparison(()), tables.placeholder(str(error))
         else:
@@ -48,9 +51,11 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
             table = tables.comparison_table(comparison, note)
         if any(row.target for row in comparison.rows):
             figure = plots.target_probabilities(comparison)
+    session.table = table
     return (
         session,
         table,
+        gr.update(visible=False),
         markup.history_list(bench.history, session.shown),
         gr.update(interactive=bench.can_undo),
         gr.update(interactive=bench.can_redo),
@@ -89,7 +94,7 @@ def _overlap(session: Session) -> Any:
     return plots.overlaps(session.bench.overlap()) if ids else None
 
 
-@guarded
+@streamed(extra=len(LISTED))
 def edit(
     session: Session,
     editor: str,
@@ -100,19 +105,16 @@ def edit(
     unrelated: str,
     other: str,
     listed_for: str,
-    progress: Any = gr.Progress(),  # noqa: B008  gradio looks for it among the defaults
 ) -> tuple[Any, ...]:
     """Edit, then compare; lists that were made for another prompt are suggested anew."""
-    progress(0.1, desc="Editing")
     made = session.edit(prompt, target, editor)
     lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
     session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
-    progress(0.4, desc=f"Comparing {len(session.probes)} prompts")
     shown = screen(session, f"edited by {editor} in {made.seconds:.2f} s, ")
     return *shown, *filled
 
 
-@guarded
+@streamed(extra=len(LISTED))
 def compare(
     session: Session,
     prompt: str,
@@ -132,19 +134,19 @@ def compare(
     return *screen(session), *filled
 
 
-@guarded
+@streamed()
 def undo(session: Session) -> tuple[Any, ...]:
     session.bench.undo()
     return screen(session)
 
 
-@guarded
+@streamed()
 def redo(session: Session) -> tuple[Any, ...]:
     session.bench.redo()
     return screen(session)
 
 
-@guarded
+@streamed(extra=FORM)
 def act(session: Session, event: gr.EventData) -> tuple[Any, ...]:
     """A click in the history: switch, strength, remove, or show an edit."""
     action, id = str(event.action), int(event.id)
@@ -169,6 +171,11 @@ def _show(session: Session, edit: Edit) -> tuple[str, ...]:
     probes = session.probes_of.get(edit.id) or suggest(prompt, target)
     session.probes = tuple(probes)
     return form(prompt, target, session.probes)
+
+
+def cancel(session: Session) -> None:
+    """Call off what this session is doing; other sessions go on."""
+    session.cancelled.set()
 
 
 def example(index: int) -> tuple[Any, ...]:
@@ -218,7 +225,7 @@ def save(session: Session) -> str:
     return _zipped(session.bench.save(session.folder("session")))
 
 
-@guarded
+@streamed(extra=FORM)
 def load(session: Session, path: str) -> tuple[Any, ...]:
     """Take a saved session's edits in place of those at hand."""
     folder = session.folder("loaded")

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import wraps
 from html import escape
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
 
+from apps.editor.markup import busy
 from apps.editor.runs import Run, Runs
 from apps.editor.shelf import OpenModel, Shelf
 from workbench import Comparison, Edit, EditError, EditorError, Probe, Workbench, WorkbenchError
+from workbench.cancel import cancellable
+from workbench.errors import Cancelled
+from workbench.tables import comparison_table, placeholder
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_PROMPTS = 64
+REDRAWN = 0.3  # seconds between two drawings of a table that grows
+SCREEN = 16  # components that show a session: what `page.screen` gives values for
 
 
 class Session:
@@ -40,6 +50,9 @@ class Session:
         self.watching: str | None = None  # the run whose curves were asked for
         self.seen: Any = None  # of the runs, on the screen
         self.lock = threading.RLock()
+        self.cancelled = threading.Event()  # asked for, of the action that runs
+        self.watch: Callable[[Comparison], object] | None = None  # of that action's comparison
+        self.table = placeholder("Choose an example or type an edit, then press Edit.")
         self._files: TemporaryDirectory[str] | None = None
         self.use(shelf.first)
 
@@ -124,7 +137,91 @@ class Session:
         """
         if not 0 < len(probes) <= MOST_PROMPTS:
             raise EditError(f"Give 1 to {MOST_PROMPTS} prompts, one a line; got {len(probes)}.")
-        return self.bench.compare(probes)
+        return self.bench.compare(probes, watch=self.watch)
+
+    @contextmanager
+    def whole(self, watch: Callable[[Comparison], object]) -> Iterator[None]:
+        """One action at a time, done or, if it is cancelled, not begun.
+
+        Args:
+            watch: Called as the rows of a comparison grow.
+        """
+        with self.lock:
+            kept = self.bench, self.editor, self.shown, self.probes, dict(self.probes_of)
+            self.bench = self.bench.fork(edits=True)
+            self.cancelled.clear()
+            self.watch = watch
+            try:
+                with cancellable(self.cancelled.is_set):
+                    yield
+            except Cancelled:
+                self.bench, self.editor, self.shown, self.probes, self.probes_of = kept
+                raise
+            finally:
+                self.watch = None
+
+
+def streamed(
+    extra: int = 0,
+) -> Callable[
+    [Callable[Concatenate[Session, P], tuple[Any, ...]]],
+    Callable[Concatenate[Session, P], Iterator[tuple[Any, ...]]],
+]:
+    """Run a handler in the background, show its comparison as it grows, let it be cancelled.
+
+    Args:
+        extra: How many outputs the handler has beside the screen.
+    """
+
+    def decorated(
+        handler: Callable[Concatenate[Session, P], tuple[Any, ...]],
+    ) -> Callable[Concatenate[Session, P], Iterator[tuple[Any, ...]]]:
+        @wraps(handler)
+        def run(session: Session, *args: P.args, **kwargs: P.kwargs) -> Iterator[tuple[Any, ...]]:
+            def showing(table: str, running: bool) -> tuple[Any, ...]:
+                rest = (gr.skip(),) * (SCREEN - 3 + extra)
+                return gr.skip(), table, gr.update(visible=running), *rest
+
+            def work() -> tuple[Any, ...]:
+                with session.whole(rows.put):
+                    return handler(session, *args, **kwargs)
+
+            rows: SimpleQueue[Comparison | None] = SimpleQueue()
+            yield showing(busy(session.table), True)
+            pool = ThreadPoolExecutor(1)
+            done = pool.submit(copy_context().run, work)
+            done.add_done_callback(lambda _: rows.put(None))
+            pool.shutdown(wait=False)
+            for latest in _now_and_then(rows):
+                yield showing(comparison_table(latest), True)
+            error = done.exception()
+            if error is not None:
+                yield showing(session.table, False)
+            if isinstance(error, Cancelled):
+                gr.Info(str(error))
+                return
+            with readable():
+                yield done.result()
+
+        return run
+
+    return decorated
+
+
+def _now_and_then(news: SimpleQueue[T | None]) -> Iterator[T]:
+    """The latest of what comes, at most every `REDRAWN` seconds, until None comes."""
+    latest, due = None, 0.0
+    while True:
+        try:
+            wait = None if latest is None else max(0.0, due - time.monotonic())
+            latest = news.get(timeout=wait)
+        except Empty:
+            assert latest is not None
+            yield latest
+            latest, due = None, time.monotonic() + REDRAWN
+        else:
+            if latest is None:
+                return
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from workbench.cancel import checkpoint
 from workbench.editors.base import EditRequest, Proposal, gradient_factors, register
 from workbench.encoding import collate, per_sequence_mean, sequence_nll
 from workbench.errors import EditError, EditorError
@@ -72,6 +73,7 @@ class FineTune:
 
         Raises:
             EditError: The loss is not finite.
+            Cancelled: See `cancellable`.
         """
         tokens, factors = gradient_factors(self.lm, self.layers, requests)
         batch = collate(self.lm, tokens)
@@ -81,6 +83,7 @@ class FineTune:
             [c for _, c in changes.values()], lr=self.config.lr, fused=True
         )
         for _ in range(self.config.max_steps):
+            checkpoint()
             with overlay(self.lm.model, self._update(changes)), torch.enable_grad():
                 logits = self._trunk.logits(batch, hidden)
                 loss = sequence_nll(logits, batch).sum()
