@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import torch
+from families import FAMILIES, tiny_tokenizer
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from apps.editor_app import build, launch
-from workbench import FineTune, FineTuneConfig, Workbench
+from workbench import FineTune, FineTuneConfig, Workbench, compare
 from workbench.corpus import EXAMPLES
 
 if TYPE_CHECKING:
@@ -33,10 +37,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(default_model: LanguageModel, free_port: int) -> Iterator[str]:
+def url(
+    default_model: LanguageModel, free_port: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     torch.set_num_threads(1)
     config = FineTuneConfig(blocks=[18], lr=1e-3, max_steps=20)
-    app = build(Workbench(default_model, FineTune(default_model, config)))
+    bench = Workbench(default_model, FineTune(default_model, config))
+    app = build(bench, tmp_path_factory.mktemp("runs"))
     _, url, _ = launch(app, server_port=free_port, prevent_thread_lock=True, quiet=True)
     yield url
     app.close()
@@ -182,6 +189,95 @@ def test_an_adapter_is_downloaded(open_page: Callable[..., Page]):
         page.locator("#adapter").click()
     assert download.value.suggested_filename == "adapter.zip"
     assert download.value.path().read_bytes()[:2] == b"PK"
+
+
+def test_a_cancelled_edit_leaves_the_table_as_it_was(
+    open_page: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+):
+    page, gate, show = open_page(), threading.Event(), compare._show
+    make_edit(page)
+    before = page.locator("#comparison table").inner_text()
+
+    def held(*args) -> None:
+        show(*args)
+        assert gate.wait(PATIENCE / 1000)
+
+    monkeypatch.setattr(compare, "_show", held)
+    page.locator("#prompt textarea, #prompt input").fill("Bees make")
+    page.locator("#target textarea, #target input").fill("silk")
+    page.locator("#edit").click()
+    expect(page.locator("#comparison .counts")).to_contain_text("writing")
+    page.locator("#cancel").click()
+    expect(page.locator("#cancel")).to_be_visible()  # until the token under way is there
+    gate.set()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("everything is as it was")
+    expect(page.locator("#cancel")).to_be_hidden()
+    assert page.locator("#comparison table").inner_text() == before
+    expect(page.locator("#history .entry")).to_have_count(1)
+
+
+def open_model(page: Page, source: Path) -> None:
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model-source textarea, #model-source input").fill(str(source))
+    page.locator("#model-open").click()
+
+
+def test_another_model_is_opened_and_edited(open_page: Callable[..., Page], tmp_path: Path):
+    tiny = partial(FAMILIES["llama"], max_position_embeddings=512)  # for the suggested prompts
+    tiny().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    page = open_page()
+    open_model(page, tmp_path / "tiny")
+    expect(page.locator("#model-said")).to_contain_text("No trained editor is known for it")
+    expect(page.locator(".facts").first).to_contain_text("model " + str(tmp_path / "tiny"))
+    page.get_by_role("tab", name="Edit", exact=True).click()
+    page.locator("#prompt textarea, #prompt input").fill("abba is")
+    page.locator("#target textarea, #target input").fill("xy")
+    page.locator("#edit").click()
+    expect(page.locator("#history .title")).to_contain_text("abba is → xy")
+    expect(row(page)).to_contain_text("abba is")
+
+
+def test_a_model_that_does_not_fit_is_refused_and_edits_stay(
+    open_page: Callable[..., Page], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    FAMILIES["gpt2"]().save_pretrained(tmp_path / "large")
+    tiny_tokenizer().save_pretrained(tmp_path / "large")
+    page = open_page()
+    make_edit(page)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    open_model(page, tmp_path / "large")
+    expect(page.locator("#model-said")).to_contain_text("It does not fit.")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("not enough memory")
+    expect(page.locator(".facts").first).to_contain_text("model smollm2-135m-instruct")
+    page.get_by_role("tab", name="Edit", exact=True).click()
+    expect(page.locator("#history .entry")).to_have_count(1)
+
+
+def test_training_outlives_the_page_and_its_editor_is_offered(open_page: Callable[..., Page]):
+    page, other = open_page(), open_page()
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#run-name textarea, #run-name input").fill("mine")
+    page.locator("#run-steps input").fill("500")
+    page.locator("#run-batch input").fill("1")
+    page.locator("#run-start").click()
+    status = page.locator("#run-status .run")
+    expect(status).to_have_attribute("data-state", "running")
+    expect(page.locator("#run-curves .js-plotly-plot")).to_be_visible()
+    page.reload()
+    page.get_by_role("tab", name="Train").click()
+    expect(status).to_have_attribute("data-state", "running")
+    expect(status).to_contain_text("of 500")
+    expect(page.locator("#run-curves .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#run-start")).to_be_disabled()
+    page.locator("#run-stop").click()
+    expect(status).to_have_attribute("data-state", "stopped")
+    expect(page.locator("#run-start")).to_be_enabled()
+    for each in (page, other):
+        each.get_by_role("tab", name="Edit", exact=True).click()
+        each.locator("#editor").get_by_label("mine").check()
+        expect(each.locator(".facts").first).to_contain_text("editor mine")
 
 
 CUT = """[...document.querySelectorAll('#comparison td, #history .entry *, .facts span')]

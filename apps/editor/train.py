@@ -55,7 +55,9 @@ def layout() -> dict[str, Any]:
                 tab["steps"] = gr.Number(
                     TRAINING.steps, label="Steps", minimum=1, elem_id="run-steps", **small
                 )
-                tab["batch"] = gr.Number(TRAINING.batch, label="Edits a step", minimum=1, **small)
+                tab["batch"] = gr.Number(
+                    TRAINING.batch, label="Edits a step", minimum=1, elem_id="run-batch", **small
+                )
             with gr.Accordion("More settings", open=False):
                 tab["blocks"] = gr.Textbox(
                     "",
