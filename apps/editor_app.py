@@ -71,10 +71,11 @@ FIGURES = {
         1,
     ),
 }
-# On a phone the table is below the fold: go there, where progress shows.
+# On a phone what is made is below the fold: go there, where progress shows.
 _SCROLL = """() => {
-    const table = document.querySelector('#comparison');
-    if (innerWidth <= 640) table.scrollIntoView({behavior: 'smooth'});
+    const made = [...document.querySelectorAll('#comparison, #run-status')];
+    const shown = made.find(part => part.offsetParent);
+    if (innerWidth <= 640) shown.scrollIntoView({behavior: 'smooth'});
 }"""
 _DOWNLOAD = """file => {
     Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click();
@@ -196,6 +197,7 @@ def _training(
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
     tab["data"].input(train.needs_file, tab["data"], tab["upload"], **quiet)
     tab["start"].click(train.start, wanted, shown, show_progress_on=tab["status"], **PRIVATE)
+    tab["start"].click(None, js=_SCROLL, **PRIVATE)
     tab["stop"].click(train.stop, state, shown, **quiet)
     for name, handler in (("resume", train.resume), ("take", train.take)):
         tab[name].click(

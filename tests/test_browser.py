@@ -223,8 +223,8 @@ def open_model(page: Page, source: Path) -> None:
 
 
 def test_another_model_is_opened_and_edited(open_page: Callable[..., Page], tmp_path: Path):
-    tiny = partial(FAMILIES["llama"], max_position_embeddings=512)  # for the suggested prompts
-    tiny().save_pretrained(tmp_path / "tiny")
+    long_enough = {"max_position_embeddings": 512}  # for the suggested prompts
+    partial(FAMILIES["llama"], **long_enough)().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     page = open_page()
     open_model(page, tmp_path / "tiny")

@@ -49,7 +49,7 @@ def layout() -> dict[str, Any]:
                 WEIGHTS, value="", label="Weights", info="8-bit and 4-bit need bitsandbytes"
             )
             with gr.Row():
-                estimate = gr.Button("Estimate memory", min_width=120, elem_id="model-estimate")
+                estimate = gr.Button("Estimate", min_width=120, elem_id="model-estimate")
                 open = gr.Button(
                     "Open model", variant="primary", min_width=120, elem_id="model-open"
                 )

@@ -93,6 +93,12 @@ def layout() -> dict[str, Any]:
             tab["status"] = gr.HTML(
                 markup.run_status(None), elem_id="run-status", apply_default_css=False
             )
+            gr.Markdown(
+                "**Edit loss**: how far the model is from saying the target after an edit; it "
+                "should fall well below the dotted line. **Locality loss**: how much texts that "
+                "the edit is not about have moved; it should stay small. **Edit success**: the "
+                "share of edits that a paraphrase follows to the letter."
+            )
             tab["curves"] = gr.Plot(show_label=False, visible=False, elem_id="run-curves")
     return tab
 
