@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
+import psutil
 import pytest
 import torch
 from families import language_model
@@ -187,6 +188,25 @@ def test_a_run_of_a_killed_server_is_shown_and_resumed(
     assert resumed is not None
     wait(lambda: not resumed.live)
     assert (resumed.state, resumed.step) == ("finished", 5), resumed.plan.said
+
+
+def test_a_run_of_another_living_server_is_left_to_it(session: Session, data: Path):
+    run = begin(session, data, steps=1)
+    wait(lambda: not run.live)
+    parent = psutil.Process().ppid()
+    about = json.loads((run.folder / runs.ABOUT).read_text())
+    about |= {"state": "running", "server": [parent, psutil.Process(parent).create_time()]}
+    (run.folder / runs.ABOUT).write_text(json.dumps(about))
+    later = Session(session.shelf, Runs(session.runs.folder))
+    assert "Another server" in train.watch(later, "mine")[0]
+    with pytest.raises(gr.Error, match="Another server on this machine is at work on mine"):
+        train.resume(later, "mine")
+
+
+def test_an_upload_cannot_take_the_place_of_the_runs_own_files(session: Session, data: Path):
+    run = begin(session, data.rename(data.with_name("run.json")), steps=1)
+    wait(lambda: not run.live)
+    assert Run.at(run.folder).plan.data == "counterfact:run.json"
 
 
 def test_a_failed_run_says_why_and_offers_no_editor(

@@ -119,6 +119,7 @@ def run_status(run: Run | None) -> str:
     items = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
     ends = {
         "stopped": "Resume it from the list of earlier runs.",
+        "elsewhere": "Another server on this machine is at work on it.",
         "interrupted": "The server ended before it did. Resume it from the list of earlier runs.",
     }
     said = run.plan.said or ends.get(run.state, "")

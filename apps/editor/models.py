@@ -101,8 +101,9 @@ def switch(session: Session, source: str, quantize: str) -> Iterator[tuple[Any, 
     source, held = source.strip(), _quantization(quantize)
     with readable():
         if session.shelf.find(source, held) is None:
-            needed = markup.memory(session.shelf.estimate(source, held), "Opening it …")
-            yield needed, *(gr.skip(),) * (2 + SCREEN + page.FORM)
+            needed = session.shelf.estimate(source, held)
+            said = markup.memory(needed, "Opening it …" if needed.fits else "")
+            yield said, *(gr.skip(),) * (2 + SCREEN + page.FORM)
         model = session.shelf.open(source, held)
     with session.lock:
         left = len(session.bench.edits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from apps.editor.shelf import OpenModel
@@ -25,7 +27,7 @@ from workbench.models import DEFAULT_MODEL, LanguageModel, cache_folder
 from workbench.trainer import LOG, Progress, Trainer
 from workbench.training import StepLosses, TrainingConfig
 
-ABOUT, EDITOR = "run.json", "editor.safetensors"
+ABOUT, DATA, EDITOR = "run.json", "data", "editor.safetensors"
 # Beside what the form asks: as the embedded model's editor was trained, with less memory.
 TRAINING = TrainingConfig(
     steps=150,
@@ -54,12 +56,13 @@ class Plan:
     Args:
         model: The model's source.
         precision: How its weights are held.
-        data: "facts", or FORMAT:FILE with a file in the run's folder.
+        data: "facts", or FORMAT:FILE with a file in the run's folder of data.
         editor: Settings of the editor, as JSON values.
         training: Settings of training, as JSON values.
         skip_bad: Leave out records that cannot be read.
         state: "running", "stopped", "finished" or "failed".
         said: Why it failed, or how it ended.
+        server: Process id and start time of the server that began it last.
     """
 
     model: str
@@ -70,6 +73,7 @@ class Plan:
     skip_bad: bool = False
     state: str = "running"
     said: str = ""
+    server: Sequence[float] = ()
 
 
 class Run:
@@ -102,10 +106,12 @@ class Run:
 
     @property
     def state(self) -> str:
-        """The plan's state; "interrupted" where the server ended before the run did."""
+        """The plan's; "interrupted" where its server has ended, "elsewhere" where it has not."""
         if self._live:
             return "stopping" if self.stopping.is_set() else "running"
-        return "interrupted" if self.plan.state == "running" else self.plan.state
+        if self.plan.state != "running":
+            return self.plan.state
+        return "elsewhere" if _is_another(self.plan.server) else "interrupted"
 
     @property
     def live(self) -> bool:
@@ -143,26 +149,32 @@ class Run:
 
     def train(self, trainer: Trainer, model: OpenModel) -> None:
         """Run to the end, or until stopped; the thread's work."""
-        state, said = "failed", ""
+        try:
+            self.note(*self._outcome(trainer))
+            if self.keeps_editor:
+                model.add(self.folder)
+        finally:
+            model.users.discard(self)
+            self._live = False
+
+    def _outcome(self, trainer: Trainer) -> tuple[str, str]:
         try:
             progress = trainer.run(resume=True, bar=False)
             early = self.stopping.is_set() and progress.step < self.steps
-            state = "stopped" if early else "finished"
-            if not early and progress.step < self.steps:
-                said = f"Validation stopped improving after step {progress.best_step}."
+            if early:
+                return "stopped", ""
+            if progress.step < self.steps:
+                return "finished", f"It stopped improving after step {progress.best_step}."
+            return "finished", ""
         except WorkbenchError as error:
-            said = str(error)
+            return "failed", str(error)
         except Exception as error:  # the thread's last word: nobody else would hear of it
             _log.exception("Training run %s", self.name)
-            said = f"{type(error).__name__}: {error}"
-        self.note(state, said)
-        if self.keeps_editor:
-            model.add(self.folder)
-        model.users.discard(self)
-        self._live = False
+            return "failed", f"{type(error).__name__}: {error}"
 
     def begin(self, trainer: Trainer, model: OpenModel) -> None:
         """Train in the background, over the model that all users share."""
+        self.plan = replace(self.plan, server=_server(os.getpid()))
         self.note("running")
         self._live = True
         model.users.add(self)
@@ -257,7 +269,8 @@ class Runs:
             trainer = _trainer(run, lm, examples, validation)
             place.mkdir(parents=True)
             if upload:
-                shutil.copy(upload, place / upload.name)
+                (place / DATA).mkdir()
+                shutil.copy(upload, place / DATA / upload.name)
             self.last = run
             run.begin(trainer, model)
             return run
@@ -275,13 +288,17 @@ class Runs:
             lm, plan = model.lm, run.plan
             if run.state == "finished":
                 raise EditorError(f"{name} is finished, after {run.step} steps: start another run.")
+            if run.state == "elsewhere":
+                raise EditorError(
+                    f"Another server on this machine is at work on {name}: stop it there."
+                )
             if (plan.model, plan.precision) != (lm.source, lm.precision):
                 raise EditorError(
                     f"{name} trains an editor for {plan.model} in {plan.precision}; the model that "
                     f"is open is {lm.source} in {lm.precision}. Open the first on the Model tab."
                 )
             format, colon, file = plan.data.partition(":")
-            spec = f"{format}:{run.folder / file}" if colon else format
+            spec = f"{format}:{run.folder / DATA / file}" if colon else format
             trainer = _trainer(run, lm, *_read(spec, plan.skip_bad))
             self.last = run
             run.begin(trainer, model)
@@ -311,6 +328,19 @@ def blocks_of(lm: LanguageModel) -> list[int] | None:
         return None
     about = json.loads((default_editor_folder() / "editor.json").read_text("utf-8"))
     return about["settings"]["blocks"]
+
+
+def _server(pid: int) -> tuple[float, float]:
+    return pid, psutil.Process(pid).create_time()
+
+
+def _is_another(server: Sequence[float]) -> bool:
+    """Whether that process lives, and is not this one; ids are used again, with other times."""
+    try:
+        pid, began = server
+        return pid != os.getpid() and abs(_server(int(pid))[1] - began) < 2
+    except (ValueError, psutil.Error):
+        return False
 
 
 def _age(about: Path) -> float:

@@ -78,7 +78,8 @@ class Session:
         self.probes_of: dict[int, tuple[Probe, ...]] = {}
 
     def close(self) -> None:
-        """Delete the files written for this user."""
+        """Delete the files written for this user, and let go of the model."""
+        self.model.users.discard(self)
         if self._files is not None:
             self._files.cleanup()
             self._files = None

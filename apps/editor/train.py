@@ -125,12 +125,15 @@ def show(session: Session) -> tuple[Any, ...]:
 
 def refresh(session: Session) -> tuple[Any, ...]:
     """`show`, where something has changed since the last look."""
-    run = session.watched()
-    seen = (run and (run.name, run.state, len(run.records())), tuple(session.model.editors))
-    if seen == session.seen:
+    run, before = session.watched(), session.seen
+    names = tuple(session.runs.of(session.bench.lm)), tuple(session.model.editors)
+    session.seen = run and (run.name, run.state, len(run.records())), names
+    if session.seen == before:
         return (gr.skip(),) * 6
-    session.seen = seen
-    return show(session)
+    shown = show(session)
+    if before is not None and before[1] == names:  # nobody's open list closes at each step
+        shown = (*shown[:4], gr.skip(), gr.skip())
+    return shown
 
 
 def arrive(session: Session) -> tuple[Any, ...]:
