@@ -282,6 +282,9 @@ def test_training_outlives_the_page_and_its_editor_is_offered(open_page: Callabl
 
 CUT = """[...document.querySelectorAll('#comparison td, #history .entry *, .facts span')]
     .filter(part => part.clientWidth > 0 && part.scrollWidth > part.clientWidth + 1)"""
+HEADINGS = {"Model": "Another model", "Train": "Train a MEND editor"}
+WIDE = """[...document.querySelectorAll('#tabs button, #tabs input, #tabs label, #tabs p')]
+    .filter(part => part.getBoundingClientRect().right > innerWidth)"""
 DRAWN = """() => {
     const drawn = [...document.querySelectorAll('#figures .js-plotly-plot .main-svg')];
     return drawn.length && drawn.every(svg => svg.getBoundingClientRect().right <= innerWidth);
@@ -310,3 +313,10 @@ def test_nothing_is_cut_off_on_a_phone_or_in_the_dark(open_page: Callable[..., P
         page.wait_for_function(DRAWN, timeout=PATIENCE)
         path = ARTIFACTS / f"app-{width}-{scheme}.png"
         page.screenshot(path=path, full_page=True, timeout=PATIENCE)
+        for tab in ("Model", "Train"):
+            page.get_by_role("tab", name=tab).click()
+            expect(page.get_by_role("heading", name=HEADINGS[tab])).to_be_visible()
+            page.wait_for_function(f"() => {WIDE}.length === 0", timeout=PATIENCE)
+            path = ARTIFACTS / f"app-{tab.lower()}-{width}-{scheme}.png"
+            page.screenshot(path=path, full_page=True, timeout=PATIENCE)
+        page.get_by_role("tab", name="Edit", exact=True).click()

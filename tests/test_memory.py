@@ -116,7 +116,11 @@ def test_unpacking_needs_main_memory_whatever_the_device():
 
 
 def test_sources_are_refused_as_by_opening_them(tmp_path: Path):
-    for source, message in ((tmp_path, "config.json"), (tmp_path / "no.gguf", "no file")):
+    for source, message in (
+        (tmp_path, "config.json"),
+        (tmp_path / "no.gguf", "no file"),
+        ("org/none", "Cannot open 'org/none'"),
+    ):
         with pytest.raises(ModelError, match=message):
             estimate_memory(source, device="cpu")
 

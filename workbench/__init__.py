@@ -3,6 +3,7 @@
 from workbench.data import EditExample, Statement
 from workbench.editors import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig
 from workbench.errors import DataError, EditError, EditorError, ModelError, WorkbenchError
+from workbench.memory import MemoryEstimate, estimate_memory
 from workbench.models import LanguageModel, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe
@@ -27,6 +28,7 @@ __all__ = [
     "LanguageModel",
     "LayerTrace",
     "LayerUpdate",
+    "MemoryEstimate",
     "Mend",
     "MendConfig",
     "ModelError",
@@ -37,6 +39,7 @@ __all__ = [
     "Update",
     "Workbench",
     "WorkbenchError",
+    "estimate_memory",
     "open_model",
     "overlay",
 ]
