@@ -75,7 +75,7 @@ FIGURES = {
 _SCROLL = """() => {
     const made = [...document.querySelectorAll('#comparison, #run-status')];
     const shown = made.find(part => part.offsetParent);
-    if (innerWidth <= 640) shown.scrollIntoView({behavior: 'smooth'});
+    if (innerWidth <= 640) setTimeout(() => shown.scrollIntoView(), 100);
 }"""
 _DOWNLOAD = """file => {
     Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click();
@@ -217,7 +217,7 @@ def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]
     editor = gr.Radio(**models.choice(session), label="Editor", elem_id="editor")
     with gr.Row():
         edit = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
-        compare = gr.Button("Compare only", min_width=120, elem_id="compare")
+        compare = gr.Button("Compare", min_width=120, elem_id="compare")
     examples = gr.Dataset(
         components=[gr.Textbox(visible=False)],
         samples=[[f"{example.prompt} → {example.target}"] for example in EXAMPLES],

@@ -30,7 +30,7 @@ from workbench.training import StepLosses, TrainingConfig
 ABOUT, DATA, EDITOR = "run.json", "data", "editor.safetensors"
 # Beside what the form asks: as the embedded model's editor was trained, with less memory.
 TRAINING = TrainingConfig(
-    steps=150,
+    steps=300,
     batch=8,
     lr=7e-4,
     edit_lr_lr=3e-5,
