@@ -214,7 +214,12 @@ def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]
         "", label="Prompt", placeholder="The capital of France is", elem_id="prompt"
     )
     target = gr.Textbox("", label="What it should say", placeholder="Lyon", elem_id="target")
-    editor = gr.Radio(**models.choice(session), label="Editor", elem_id="editor")
+    editor = gr.Radio(
+        **models.choice(session),
+        label="Editor",
+        info="A gate keeps edits from unrelated texts; without one they export as LoRA adapters.",
+        elem_id="editor",
+    )
     with gr.Row():
         edit = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
         compare = gr.Button("Compare", min_width=120, elem_id="compare")

@@ -13,7 +13,7 @@ from workbench import EditorError
 from workbench.models import Quantization
 from workbench.tables import placeholder
 
-LABELS = {"mend": "MEND (trained)", "ft": "Fine-tuning"}
+LABELS = {"mend": "MEND (gated)", "mend-linear": "MEND (linear)", "ft": "Fine-tuning"}
 WEIGHTS: list[tuple[str, str]] = [("Full", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
 
 

@@ -21,7 +21,7 @@ from apps.editor.shelf import OpenModel
 from workbench import DataError, EditorError, Mend, MendConfig, WorkbenchError
 from workbench.corpus import SENTENCES
 from workbench.data import EditExample, read
-from workbench.editors import default_editor_folder
+from workbench.editors import shipped_editor
 from workbench.files import write_text
 from workbench.models import DEFAULT_MODEL, LanguageModel, cache_folder
 from workbench.trainer import LOG, Progress, Trainer
@@ -326,7 +326,7 @@ def blocks_of(lm: LanguageModel) -> list[int] | None:
     """Blocks to edit where none are asked for: those of the model's own editor, if it has one."""
     if lm.source != DEFAULT_MODEL:
         return None
-    about = json.loads((default_editor_folder() / "editor.json").read_text("utf-8"))
+    about = json.loads((shipped_editor() / "editor.json").read_text("utf-8"))
     return about["settings"]["blocks"]
 
 

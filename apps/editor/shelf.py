@@ -12,8 +12,8 @@ from weakref import WeakSet
 
 import torch
 
-from workbench import FineTune, LanguageModel, Mend, ModelError, Workbench, open_model
-from workbench.editors import Editor, load_editor, open_editor
+from workbench import FineTune, LanguageModel, ModelError, Workbench, open_model
+from workbench.editors import SHIPPED, Editor, editor_source, load_editor, open_editor
 from workbench.memory import MemoryEstimate, estimate_memory
 from workbench.models import DEFAULT_MODEL, Quantization
 
@@ -69,9 +69,10 @@ class Shelf:
     """
 
     def __init__(self, bench: Workbench, most: int = 3) -> None:
-        self.first = OpenModel(
-            bench.lm, {editor.name: editor for editor in (FineTune(bench.lm), bench.editor)}
-        )
+        chosen = Path(editor_source(bench.editor)).name
+        editors = _editors(bench.lm)
+        editors.pop(chosen, None)
+        self.first = OpenModel(bench.lm, {**editors, chosen: bench.editor})
         self.most = most
         self._device = str(bench.lm.device)
         self._open = {_key(bench.lm.source, bench.lm.quantization): self.first}
@@ -107,9 +108,7 @@ class Shelf:
                 lm = open_model(
                     source or None, device=self._device, quantize=quantize, progress=False
                 )
-                found = OpenModel(lm, {FineTune.name: FineTune(lm)})
-                if lm.source == DEFAULT_MODEL:
-                    found.editors[Mend.name] = open_editor(Mend.name, lm)
+                found = OpenModel(lm, _editors(lm))
             self._open[key] = found  # last: the one used most recently
             return found
 
@@ -127,6 +126,12 @@ class Shelf:
                 f"one of them, or wait until one is free."
             )
         self.estimate(source, quantize).check()
+
+
+def _editors(lm: LanguageModel) -> dict[str, Editor]:
+    """What can edit a model without more ado, the best last."""
+    trained = [*SHIPPED][::-1] if lm.source == DEFAULT_MODEL else ()
+    return {name: open_editor(name, lm) for name in (FineTune.name, *trained)}
 
 
 def _key(source: str, quantize: Quantization | None) -> tuple[str, Quantization | None]:
