@@ -72,10 +72,11 @@ FIGURES = {
     ),
 }
 # On a phone what is made is below the fold: go there, where progress shows.
-_SCROLL = """() => {
+_SCROLL = """(...inputs) => {
     const made = [...document.querySelectorAll('#comparison, #run-status')];
     const shown = made.find(part => part.offsetParent);
     if (innerWidth <= 640) setTimeout(() => shown.scrollIntoView(), 100);
+    return inputs;
 }"""
 _DOWNLOAD = """file => {
     Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click();
@@ -122,23 +123,24 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
 
         listed = [*form[2:5], form[-1]]  # the lists that are suggested, and for which prompt
 
-        def on(event: Any, handler: Any, inputs: Any, outputs: Any, mode: Any = "once") -> None:
+        def on(
+            event: Any, handler: Any, inputs: Any, outputs: Any, mode: Any = "once", js: Any = None
+        ) -> None:
             event(
                 handler,
                 inputs,
                 outputs,
                 show_progress_on=table,
                 trigger_mode=mode,
+                js=js,
                 **MODEL,
                 **PRIVATE,
             )
 
         cancel.click(page.cancel, state, queue=False, **PRIVATE)
         for event in (buttons["edit"].click, form[0].submit, form[1].submit):
-            on(event, page.edit, [state, editor, *form], [*screen, *listed])
-        on(buttons["compare"].click, page.compare, [state, *form], [*screen, *listed])
-        for name in ("edit", "compare"):
-            buttons[name].click(None, js=_SCROLL, **PRIVATE)
+            on(event, page.edit, [state, editor, *form], [*screen, *listed], js=_SCROLL)
+        on(buttons["compare"].click, page.compare, [state, *form], [*screen, *listed], js=_SCROLL)
         on(undo.click, page.undo, [state], screen, "multiple")
         on(redo.click, page.redo, [state], screen, "multiple")
         on(history.act, page.act, [state], [*screen, *form], "multiple")
@@ -196,8 +198,8 @@ def _training(
     wanted = [state, *(tab[name] for name in (*fields, "skip_bad"))]
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **PRIVATE}
     tab["data"].input(train.needs_file, tab["data"], tab["upload"], **quiet)
-    tab["start"].click(train.start, wanted, shown, show_progress_on=tab["status"], **PRIVATE)
-    tab["start"].click(None, js=_SCROLL, **PRIVATE)
+    begin: dict[str, Any] = {"js": _SCROLL, "show_progress_on": tab["status"], **PRIVATE}
+    tab["start"].click(train.start, wanted, shown, **begin)
     tab["stop"].click(train.stop, state, shown, **quiet)
     for name, handler in (("resume", train.resume), ("take", train.take)):
         tab[name].click(
