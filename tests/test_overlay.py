@@ -21,7 +21,7 @@ from references import (
     logits_of,
     random_update,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softshrink
 from torch.testing import assert_close
@@ -95,10 +95,12 @@ def layer_calls(
 ) -> tuple[Tensor, Tensor]:
     """What a layer reads and writes in a forward pass under an update."""
     seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((args[0], output))
+
     with overlay(lm.model, update):
-        handle = layer.module.register_forward_hook(
-            lambda module, args, output: seen.append((args[0], output))
-        )
+        handle = layer.module.register_forward_hook(keep)
         logits_of(lm.model, inputs)
         handle.remove()
     return seen[0]
