@@ -251,6 +251,23 @@ def test_what_changed_is_marked_and_nothing_else():
     assert "✓ unchanged" in html
 
 
+@pytest.mark.parametrize(
+    ("after", "answer", "verdict", "count"),
+    [
+        ("Berlin, so", "Berlin", "✓ unchanged", "1 of 1 neighbours kept"),
+        ("Berlin. Then", "Berlin", "✓ answer kept", "1 of 1 neighbours kept"),
+        ("Lyon, so", "Berlin", "✗ changed", "0 of 1 neighbours kept"),
+        ("Bonn, so", "Bonn", "✗ changed", "0 of 1 neighbours kept"),  # not what it said before
+        ("Berlin. Then", None, "✗ changed", "0 of 1 neighbours kept"),
+    ],
+)
+def test_a_neighbour_is_kept_where_its_answer_is(after, answer, verdict, count):
+    row = PromptComparison("p", "neighbor", "Berlin, so", after, answer)
+    html = tables.comparison_table(Comparison((row,)))
+    assert verdict in html
+    assert count in html
+
+
 def test_the_command_line_says_why_a_model_cannot_be_opened(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(["--model", str(tmp_path / "nothing"), "--device", "cpu"])

@@ -120,6 +120,12 @@ class PromptComparison:
         """Whether the edited continuation begins with the target."""
         return None if self.target is None else begins_with(self.edited_text, self.target)
 
+    @property
+    def kept(self) -> bool:
+        """Whether what the base model writes stays: its answer where it gives it, else all."""
+        answers = self.target is not None and begins_with(self.base_text, self.target)
+        return not self.changed or (answers and self.free_running is True)
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -16,8 +16,8 @@ CSS = Path(__file__).with_suffix(".css")
 KINDS = {
     "edit": ("The edit", "should now say the target"),
     "equivalent": ("Equivalent prompts", "should say it too"),
-    "neighbor": ("Neighbours", "same relation or subject: should stay as they were"),
-    "unrelated": ("Unrelated prompts", "should stay as they were"),
+    "neighbor": ("Neighbours", "same relation or subject: should keep their answers"),
+    "unrelated": ("Unrelated prompts", "should keep their answers"),
     "other": ("Your own prompts", "nothing is expected of them"),
 }
 _COLUMNS = ("Prompt", "Before", "After", "p(answer)", "Teacher-forced", "Free-running")
@@ -57,8 +57,8 @@ def _count(kind: str, rows: Iterable[PromptComparison]) -> str:
     what = {
         "edit": "edit made" if good == of else "edit not reached",
         "equivalent": f"{good} of {of} equivalents follow",
-        "neighbor": f"{good} of {of} neighbours unchanged",
-        "unrelated": f"{good} of {of} unrelated unchanged",
+        "neighbor": f"{good} of {of} neighbours kept",
+        "unrelated": f"{good} of {of} unrelated kept",
     }[kind]
     return f'<span class="{"good" if good == of else "bad"}">{what}</span>'
 
@@ -107,7 +107,9 @@ def _verdict(row: PromptComparison) -> tuple[str, str]:
         return ("changed" if row.changed else "unchanged"), "plain"
     if row.kind in ("edit", "equivalent"):
         return ("✓ says it", "good") if row.free_running else ("✗ does not say it", "bad")
-    return ("✗ changed", "bad") if row.changed else ("✓ unchanged", "good")
+    if not row.changed:
+        return "✓ unchanged", "good"
+    return ("✓ answer kept, then it drifts", "good") if row.kept else ("✗ changed", "bad")
 
 
 def _tick(value: bool | None) -> str:

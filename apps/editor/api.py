@@ -17,7 +17,7 @@ def _json(value: object) -> Any:
 def rows_json(comparison: Comparison) -> list[dict[str, Any]]:
     """The rows, with what follows from them."""
     return [
-        {**_json(row), "changed": row.changed, "free_running": row.free_running}
+        {**_json(row), "changed": row.changed, "kept": row.kept, "free_running": row.free_running}
         for row in comparison.rows
     ]
 
