@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -327,6 +327,28 @@ def test_a_cache_stays_within_its_memory(llama: LanguageModel) -> None:
     for text, runs in zip((0, 1, 0, 1, 2, 2, 1, 0), (1, 2, 2, 2, 3, 3, 3, 4), strict=True):
         cache.hidden([texts[text]])
         assert trunk.texts == runs
+
+
+def test_factors_make_room_before_hidden_states_do(llama: LanguageModel) -> None:
+    """Room for two texts and two factors: a third text pushes out factors, not a text."""
+    texts = [tokenize(llama, "prompt", f"target {n}") for n in range(3)]
+    each = len(texts[0].ids) * 32 * 4
+    trunk, captured = Counting(llama, cuts(llama)[1]), []
+
+    def captures(some: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
+        captured.extend(some)
+        return [(torch.zeros(each // 4),) for _ in some]
+
+    cache = TrunkCache(llama, trunk, 4.5 * each / 2**30)
+    cache.factors(texts[:2], captures)
+    cache.hidden(texts[:2])
+    cache.factors(texts[:2], captures)
+    assert captured == texts[:2]
+    cache.hidden(texts)
+    cache.hidden(texts)
+    assert trunk.texts == 3
+    cache.factors(texts[:2], captures)
+    assert captured == [*texts[:2], texts[1]]
 
 
 def test_nothing_below_the_cut_is_nothing_to_keep(llama: LanguageModel) -> None:

@@ -34,6 +34,11 @@ class Factors:
         """Which rows carry gradient: neither factor all zero, `(batch, tokens)` bool."""
         return (self.activation != 0).any(-1) & (self.delta != 0).any(-1)
 
+    def last_live(self) -> Tensor:
+        """Index of each sequence's last live row, `(batch,)`; 0 where none is."""
+        live = self.live()
+        return (live * torch.arange(live.shape[1], device=live.device)).amax(1)
+
 
 # The capture of this thread or task; another thread's forward pass is none of its business.
 _active: ContextVar[Capture | None] = ContextVar("workbench_capture", default=None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
 
 from workbench.data import EditExample, Statement
 from workbench.editors.mend import Mend
@@ -64,8 +65,9 @@ class TrainingConfig:
         chunk: Edits whose graph through the editor is held at a time. In a larger batch the
             editor runs again, chunk by chunk, against the gradient of its factors, so that
             memory for it does not grow with the batch.
-        cache_gb: Memory for hidden states of the constant lower part. 0: they are computed each
-            time, and a resumed run then equals an unbroken one to the bit, not only to rounding.
+        cache_gb: Memory for what is constant in training: hidden states where the edited blocks
+            begin, last ones, factors of the edits. 0: they are computed each time, and a resumed
+            run then equals an unbroken one to the bit, not only to rounding.
         health_after: Step at which training stops if the edit loss has not fallen; 0: never.
     """
 
@@ -254,14 +256,27 @@ class MetaStep:
 
     def _capture(self, texts: Sequence[Tokens]) -> tuple[dict[str, Factors], float]:
         """Factors of each text's own loss, `(batch, tokens, width)`, and the mean loss."""
-        parts, losses = [], []
+        nlls, *sides = zip(*self.cache.factors(texts, self._captured), strict=True)
+        padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
+        factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
+        return factors, torch.stack(nlls).mean().item()
+
+    def _captured(self, texts: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
+        """Each text's loss, then u and delta of every layer, rows after the last live one off."""
+        found: dict[int, tuple[Tensor, ...]] = {}
         for places in passes(self.lm, texts):
             batch, hidden = self._batch([texts[place] for place in places])
             with capture(self.editor.layers) as tap:
                 nll = sequence_nll(self.trunk.logits(batch, hidden), batch)
-                parts.append((places, tap.factors(nll.sum(), batch.size)))
-            losses.append(nll.detach())
-        return _joined(parts, len(texts)), torch.cat(losses).mean().item()
+                factors = tap.factors(nll.sum(), batch.size)
+            ends = [layer.last_live().tolist() for layer in factors.values()]
+            for row, place in enumerate(places):
+                sides = [nll[row].detach()]
+                for layer, end in zip(factors.values(), ends, strict=True):
+                    rows = row, slice(end[row] + 1)
+                    sides += [layer.activation[rows].clone(), layer.delta[rows].clone()]
+                found[place] = tuple(sides)
+        return [found[place] for place in range(len(texts))]
 
     def _equivalents(self, edits: Sequence[EditTexts], leaves: Update) -> tuple[float, float]:
         """Mean loss of the equivalents under their edits, and the share that is exact.
@@ -352,23 +367,3 @@ def _owned(texts: Sequence[Sequence[Tokens]]) -> tuple[list[Tokens], Tensor]:
     """All edits' texts in a row, and the edit that each belongs to."""
     owners = [owner for owner, some in enumerate(texts) for _ in some]
     return [text for some in texts for text in some], torch.tensor(owners, dtype=torch.long)
-
-
-def _joined(
-    parts: Sequence[tuple[list[int], dict[str, Factors]]], count: int
-) -> dict[str, Factors]:
-    """The factors of several batches as those of one, padded with zero rows."""
-    if len(parts) == 1 and parts[0][0] == list(range(count)):
-        return parts[0][1]
-    joined = {}
-    for name in parts[0][1]:
-        sides = []
-        for side in ("activation", "delta"):
-            pieces = [(places, getattr(factors[name], side)) for places, factors in parts]
-            longest = max(piece.shape[1] for _, piece in pieces)
-            whole = pieces[0][1].new_zeros(count, longest, pieces[0][1].shape[-1])
-            for places, piece in pieces:
-                whole[places, : piece.shape[1]] = piece
-            sides.append(whole)
-        joined[name] = Factors(*sides)
-    return joined

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from workbench.encoding import Batch, Tokens, collate
 from workbench.errors import EditError, ModelError
@@ -188,59 +189,72 @@ def _resume(hidden: Tensor | None) -> Iterator[None]:
         _resumed.reset(reset)
 
 
+Rows = list[tuple[Tensor, ...]]
+
+
 class TrunkCache:
-    """What a trunk computes for a text, kept: its hidden states at the cut and its last ones.
+    """What is constant for a text while the model is frozen, kept: computed once, then looked up.
 
     Args:
         lm: The model, for padding.
         trunk: The cut model.
-        gigabytes: Memory to hold; the texts kept longest leave first. 0 keeps nothing.
+        gigabytes: Memory to hold. 0 keeps nothing. Where it is full, gradient factors, the
+            largest, make room first; then the texts kept longest.
     """
 
     def __init__(self, lm: LanguageModel, trunk: Trunk, gigabytes: float) -> None:
         self._lm, self._trunk = lm, trunk
-        self._kept: OrderedDict[tuple[str, Tokens], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]] = OrderedDict()
+        self._factors: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]] = OrderedDict()
         self._bytes, self._limit = 0, int(gigabytes * 2**30)
 
     def hidden(self, texts: Sequence[Tokens]) -> Tensor | None:
         """Hidden states at the cut, padded, `(batch, tokens, width)`; None without a lower part."""
         if not self._trunk.start:
             return None
-        rows = self._lookup("hidden", texts, self._hidden_rows)
-        padded = rows[0].new_zeros(len(texts), max(map(len, rows)), rows[0].shape[-1])
-        for place, row in zip(padded, rows, strict=True):
-            place[: len(row)] = row
-        return padded
+        rows = self._lookup(self._kept, "hidden", texts, self._hidden_rows)
+        return pad_sequence([row for (row,) in rows], batch_first=True)
 
     def finals(self, texts: Sequence[Tokens]) -> Tensor:
         """What `Trunk.final` gives at the target positions, `(n, width)`."""
-        return torch.cat(self._lookup("final", texts, self._final_rows))
+        return torch.cat([row for (row,) in self._lookup(self._kept, "final", texts, self._finals)])
 
-    def _hidden_rows(self, texts: Sequence[Tokens]) -> Iterator[Tensor]:
+    def factors(self, texts: Sequence[Tokens], capture: Callable[[Sequence[Tokens]], Rows]) -> Rows:
+        """What `capture` gives for each text, of those kept or anew."""
+        return self._lookup(self._factors, "factors", texts, capture)
+
+    def _hidden_rows(self, texts: Sequence[Tokens]) -> Rows:
         hidden = self._trunk.hidden(collate(self._lm, texts))
         assert hidden is not None
-        return (row[: len(text.ids)].clone() for row, text in zip(hidden, texts, strict=True))
+        return [(row[: len(text.ids)].clone(),) for row, text in zip(hidden, texts, strict=True)]
 
-    def _final_rows(self, texts: Sequence[Tokens]) -> Iterator[Tensor]:
+    def _finals(self, texts: Sequence[Tokens]) -> Rows:
         final = self._trunk.final(collate(self._lm, texts), self.hidden(texts))
-        return (row.clone() for row in final.split([len(text.targets) for text in texts]))
+        return [(row.clone(),) for row in final.split([len(text.targets) for text in texts])]
 
     def _lookup(
         self,
+        kept: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]],
         kind: str,
         texts: Sequence[Tokens],
-        compute: Callable[[Sequence[Tokens]], Iterator[Tensor]],
-    ) -> list[Tensor]:
+        compute: Callable[[Sequence[Tokens]], Rows],
+    ) -> Rows:
         # Computing may itself look up other things, and so push out what is kept: read it first.
-        found = {text: self._kept[kind, text] for text in texts if (kind, text) in self._kept}
+        found = {text: kept[kind, text] for text in texts if (kind, text) in kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for text, value in zip(missing, compute(missing) if missing else (), strict=True):
-            found[text] = self._kept[kind, text] = value
-            self._bytes += value.numel() * value.element_size()
+            found[text] = kept[kind, text] = value
+            self._bytes += _size(value)
         while self._bytes > self._limit:
-            _, value = self._kept.popitem(last=False)
-            self._bytes -= value.numel() * value.element_size()
+            # The newest factors leave: of a walk through more than fits, the rest is found again.
+            least = self._factors.popitem if self._factors else partial(self._kept.popitem, False)
+            _, value = least()
+            self._bytes -= _size(value)
         return [found[text] for text in texts]
+
+
+def _size(value: tuple[Tensor, ...]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in value)
 
 
 def target_logits(lm: LanguageModel, batch: Batch) -> Tensor:
