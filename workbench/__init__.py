@@ -1,6 +1,7 @@
 """A workbench for editing language models with MEND: edit, look inside, undo."""
 
 from workbench.data import EditExample, Statement
+from workbench.edit import Edit
 from workbench.editors import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig
 from workbench.errors import DataError, EditError, EditorError, ModelError, WorkbenchError
 from workbench.memory import MemoryEstimate, estimate_memory
@@ -8,7 +9,7 @@ from workbench.models import LanguageModel, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe
 from workbench.results import Comparison, EditTrace, LayerTrace, Overlap, PromptComparison
-from workbench.session import Edit, Workbench
+from workbench.session import Workbench
 from workbench.updates import LayerUpdate, Update
 
 __version__ = "0.1.0"

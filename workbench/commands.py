@@ -124,7 +124,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure editors on a data set; print a table, and write JSON if asked."""
     lm = _open(options)
     examples = _read(options.data, options.split, options)
-    config = EvaluationConfig(generate=options.generate)
+    config = EvaluationConfig(**settings_of(EvaluationConfig, options))
     result: dict[str, Any] = {
         "settings": {
             "model": lm.source,

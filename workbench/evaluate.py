@@ -1,4 +1,4 @@
-"""Evaluation: many edits, each made alone; texts of several run together, under their own edit."""
+"""Evaluation: many edits, alone or together; their texts share batches, each under its edit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
 from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest
 from workbench.encoding import Tokens, collate, passes, tokenize, tokenize_text
+from workbench.errors import EditError
 from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
 from workbench.overlay import overlay
 from workbench.training import kl
@@ -33,12 +35,24 @@ class EvaluationConfig:
         unrelated: Unrelated texts looked at: the example's own, filled up from the given texts.
         text_tokens: Tokens read of an unrelated text; every position counts.
         generate: Also generate from the prompt (free-running success).
+        at_once: Edits that are live together when each of them is measured; left-over examples
+            make a smaller set.
+        aggregation: How edits that are live together are made one update; see
+            `aggregate.propose_together`.
+        damping: Of its least squares.
     """
 
     neighbors: int = 10
     unrelated: int = 2
     text_tokens: int = 24
     generate: bool = False
+    at_once: int = 1
+    aggregation: Aggregation = "sum"
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.at_once < 1:
+            raise EditError(f"at_once is a number of edits, at least 1; got {self.at_once}.")
 
 
 def evaluate(
@@ -49,7 +63,7 @@ def evaluate(
     texts: Sequence[str] = SENTENCES,
     on_edit: Callable[[EditScores], object] | None = None,
 ) -> EditorScores:
-    """Make each example's edit alone and measure what it changed.
+    """Make each example's edit, alone or with others, and measure what it changed.
 
     Args:
         editor: Makes the updates.
@@ -108,8 +122,9 @@ class _Seen:
         )
 
 
-# Most edits judged in one round, and most numbers that their texts' copies of them may hold.
-_EDITS, _NUMBERS = 8, 2**26
+# Most edits judged in one round unless more are live together, most numbers that their texts'
+# copies of them may hold, and most texts whose logits are held at a time.
+_EDITS, _NUMBERS, _TEXTS = 8, 2**26, 256
 
 
 class _Judge:
@@ -119,16 +134,23 @@ class _Judge:
 
     def score(self, examples: Sequence[EditExample]) -> list[EditScores]:
         """Scores of the first examples: as many as are fit for one round."""
+        config, size = self.config, self.config.at_once
         looks: list[_Look] = []
         updates: list[Update] = []
         found: list[EditScores] = []
-        for edit, example in enumerate(examples[:_EDITS]):
+        for first in range(0, min(len(examples), max(size, _EDITS)), size):
+            together = examples[first : first + size]
+            requests = [EditRequest(example.prompt, example.target) for example in together]
             start = time.perf_counter()
-            update = self.editor.propose([EditRequest(example.prompt, example.target)]).update
-            found.append(EditScores(edit_success=0.0, seconds=time.perf_counter() - start))
-            updates.append(update)
-            looks += self._looks(edit, example)
-            if update.numbers() * len(looks) > _NUMBERS:  # each text has a copy of its edit
+            made = propose_together(
+                self.editor, requests, config.aggregation, config.damping
+            ).update
+            seconds = (time.perf_counter() - start) / len(together)
+            updates.append(made)
+            for example in together:
+                looks += self._looks(len(found), example)
+                found.append(EditScores(edit_success=0.0, seconds=seconds))
+            if made.numbers() * len(looks) > _NUMBERS:  # each text has a copy of its edit
                 break
         seen = self._see(looks, updates)
         for edit, (scores, example) in enumerate(zip(found, examples, strict=False)):
@@ -137,8 +159,8 @@ class _Judge:
                 if look.edit == edit:
                     mine.setdefault(look.kind, []).append(shown)
             _fill(scores, example, mine)
-            if self.config.generate:
-                with overlay(self.lm.model, updates[edit]):
+            if config.generate:
+                with overlay(self.lm.model, updates[edit // size]):
                     length = len(tokenize(self.lm, example.prompt, example.target).targets)
                     text = generate_texts(self.lm, [example.prompt], length + 2)[0]
                 scores.generated_success = float(begins_with(text, example.target))
@@ -167,16 +189,27 @@ class _Judge:
             shared.setdefault(look.read, []).append(index)
         readings = list(shared.values())
         seen: dict[int, _Seen] = {}
+        for first in range(0, len(readings), _TEXTS):
+            self._see_some(readings[first : first + _TEXTS], looks, updates, seen)
+        return [seen[index] for index in range(len(looks))]
+
+    def _see_some(
+        self,
+        readings: Sequence[Sequence[int]],
+        looks: Sequence[_Look],
+        updates: Sequence[Update],
+        seen: dict[int, _Seen],
+    ) -> None:
         for places in passes(self.lm, [looks[indices[0]].text for indices in readings]):
             group = [readings[place] for place in places]
             heads = [looks[indices[0]] for indices in group]
             batch = collate(self.lm, [look.text for look in heads])
             hidden = self.trunk.hidden(batch)
             base = self.trunk.logits(batch, hidden)
-            if len(updates) == 1:
-                update = updates[0]
-            else:
-                update = stack_sequences([updates[look.edit] for look in heads])
+            update = updates[0]
+            if len(updates) > 1:
+                size = self.config.at_once
+                update = stack_sequences([updates[look.edit // size] for look in heads])
             with overlay(self.lm.model, update):
                 edited = self.trunk.logits(batch, hidden)
             counts = [len(look.text.targets) for look in heads]
@@ -186,7 +219,6 @@ class _Judge:
                 for index in indices:
                     targets = torch.tensor(looks[index].text.targets, device=before.device)
                     seen[index] = _Seen.of(before, after, targets)
-        return [seen[index] for index in range(len(looks))]
 
 
 def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[_Seen]]) -> None:

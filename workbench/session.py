@@ -5,64 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from workbench.adapters import export_peft, import_peft
+from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import compare_prompts, generate_texts
+from workbench.edit import Edit
 from workbench.editors import Editor, EditRequest, Proposal, open_editor
 from workbench.errors import EditError
 from workbench.models import LanguageModel, Quantization, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe, suggest
-from workbench.results import Comparison, EditTrace, HistoryEntry, Overlap, overlap_of, trace_of
+from workbench.results import Comparison, EditTrace, HistoryEntry, Overlap, overlap_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
 from workbench.updates import Update
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """One edit: what was asked, the update that carries it out, and how it was made.
-
-    Args:
-        id: Number within its workbench.
-        requests: What the model should say; several for `edit_many`, none for an adapter.
-        update: The change of weights, at full strength.
-        seconds: How long making the update took.
-        lm: The model it was made for.
-        origin: The editor's proposal, or the trace that a saved session kept; None for an adapter.
-    """
-
-    id: int
-    requests: tuple[EditRequest, ...]
-    update: Update
-    seconds: float
-    lm: LanguageModel
-    origin: Proposal | EditTrace | None = None
-
-    @cached_property
-    def trace(self) -> EditTrace | None:
-        """The factors' norms and cosines, worked out when first looked at; None for an adapter."""
-        if isinstance(self.origin, Proposal):
-            return trace_of(self.lm, self.requests, self.origin)
-        return self.origin
-
-    @property
-    def title(self) -> str:
-        """The edit in a line."""
-        if not self.requests:
-            return "imported adapter"
-        first = self.requests[0]
-        more = f" and {len(self.requests) - 1} more" if len(self.requests) > 1 else ""
-        return f"{first.prompt} → {first.target}{more}"
-
-    def to_peft(self, folder: str | Path) -> Path:
-        """Write the edit as a PEFT LoRA adapter folder."""
-        return export_peft(self.update, self.lm, folder, note=self.title)
 
 
 class Workbench:
@@ -137,11 +96,18 @@ class Workbench:
         """
         return self.edit_many([(prompt, target)])
 
-    def edit_many(self, requests: Sequence[tuple[str, str] | EditRequest]) -> Edit:
+    def edit_many(
+        self,
+        requests: Sequence[tuple[str, str] | EditRequest],
+        aggregation: Aggregation = "sum",
+        damping: float = 0.1,
+    ) -> Edit:
         """Carry out several requests in one update (the paper's batched edits).
 
         Args:
             requests: Pairs (prompt, target), at least one.
+            aggregation: "sum" (the paper), "ridge" or "sequence"; see `propose_together`.
+            damping: Of "ridge".
 
         Raises:
             EditError: A request cannot be carried out; nothing has changed.
@@ -154,7 +120,7 @@ class Workbench:
                 f"got {requests!r}."
             ) from None
         start = time.perf_counter()
-        proposal = self.editor.propose(asked)
+        proposal = propose_together(self.editor, asked, aggregation, damping)
         seconds = time.perf_counter() - start
         if not proposal.update.is_finite():
             raise EditError(

@@ -13,10 +13,11 @@ import plotly.graph_objects as go
 
 from workbench import plots
 from workbench.corpus import EXAMPLES
+from workbench.edit import Edit
 from workbench.errors import EditError, WorkbenchError
 from workbench.probes import LISTED, Probe, as_lines, read_form, suggest
 from workbench.results import HistoryEntry
-from workbench.session import Edit, Workbench
+from workbench.session import Workbench
 from workbench.tables import CSS, comparison_table, placeholder
 
 _STYLE = f"<style>{CSS.read_text(encoding='utf-8')}</style>"
