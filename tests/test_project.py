@@ -33,7 +33,7 @@ LAYERS = (
     ("overlay", "factors", "views"),
     ("editors",),
     ("data", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
-    ("compare", "evaluate", "session", "sessionfile"),
+    ("aggregate", "compare", "edit", "evaluate", "session", "sessionfile"),
     ("plots", "tables"),
     ("widgets",),
     ("commands", "__main__", "__init__"),
