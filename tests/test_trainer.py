@@ -195,6 +195,9 @@ class Noting:
         self.drawn.append(step)
         return self.sampler.batch(step)
 
+    def at_once(self, step: int) -> int:
+        return self.sampler.at_once(step)
+
 
 @pytest.mark.parametrize(("late", "first"), [(False, 3), (True, 4)])
 def test_accumulation_takes_each_batch_once(tmp_path: Path, late: bool, first: int):

@@ -26,6 +26,7 @@ from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig, kl
+from workbench.updates import Update
 
 
 def stirred(editor: Mend, edits: Sequence[EditTexts]) -> Mend:
@@ -134,14 +135,19 @@ def test_step_equals_the_plain_one(family: str):
     compare_with_the_plain_step(editor_for(family))
 
 
-def gated_step(editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig) -> Tensor:
-    """The total loss in one undivided graph: each text alone, whole model, under its edit."""
-    lm, losses = editor.lm, []
+def undivided_step(
+    editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig, at_once: int
+) -> Tensor:
+    """The total loss in one undivided graph: each text alone, whole model, under its edits."""
+    lm, updates, losses = editor.lm, [], []
     for edit in edits:
         with capture(editor.layers) as tap:
             loss = cross_entropy(plain_logits(lm, edit.edit, {}), torch.tensor(edit.edit.targets))
             factors = tap.factors(loss)
-        with overlay(lm.model, editor.update(editor.transform(factors), factors)):
+        updates.append(editor.update(editor.transform(factors), factors))
+    for index, edit in enumerate(edits):
+        first = index - index % at_once
+        with overlay(lm.model, Update.sum(updates[first : first + at_once])):
             nll = [
                 cross_entropy(plain_logits(lm, text, {}), torch.tensor(text.targets))
                 for text in edit.equivalents
@@ -154,29 +160,32 @@ def gated_step(editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig)
     return config.c_edit * torch.stack(nll).mean() + config.c_locality * torch.stack(kept).mean()
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_step_with_a_gate_equals_the_undivided_one(family: str):
+def test_step_with_a_gate_equals_the_undivided_one(family: str, at_once: int):
     editor = editor_for(family, gate=0.3, edit_lr=0.1)
     edits, config = edits_for(editor.lm), TrainingConfig(c_edit=0.3, c_locality=2.0)
     stirred(editor, edits)
-    total = gated_step(editor, edits, config)
+    total = undivided_step(editor, edits, config, at_once)
     total.backward()
     slopes = gradients(editor)
     assert slopes["gate_logits"].abs().min() > 0
-    assert MetaStep(editor, config).losses(edits).total == pytest.approx(total.item(), rel=1e-5)
+    losses = MetaStep(editor, config).losses(edits, at_once=at_once)
+    assert losses.total == pytest.approx(total.item(), rel=1e-5)
     for name, slope in gradients(editor).items():
         atol = 1e-4 * slopes[name].abs().max().item()
         torch.testing.assert_close(slope, slopes[name], rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("gate", [0.0, 0.3])
-def test_a_step_in_chunks_is_the_whole_one(gate: float):
+def test_a_step_in_chunks_is_the_whole_one(gate: float, at_once: int):
     editor = editor_for("llama", gate=gate)
     edits = edits_for(editor.lm)
     stirred(editor, edits)
     found = []
     for chunk in (3, 2, 1):
-        losses = MetaStep(editor, TrainingConfig(chunk=chunk)).losses(edits)
+        losses = MetaStep(editor, TrainingConfig(chunk=chunk)).losses(edits, at_once=at_once)
         found.append((asdict(losses), gradients(editor)))
     for losses, slopes in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-6)
@@ -381,3 +390,17 @@ def test_learning_rates_rise_stay_and_fall(steps: int, warmup: int, decay: float
         assert factors[0] <= 1 / warmup
     if decay * steps > 1:
         assert factors[-1] == pytest.approx(min(1 / (decay * steps), 1, steps / max(1, warmup)))
+
+
+def test_a_step_draws_how_many_edits_are_live_together():
+    config = TrainingConfig(batch=8, at_once=4)
+    sampler = TextSampler(opened("gpt2"), examples(4), TEXTS, config)
+    drawn = [sampler.at_once(step) for step in range(60)]
+    assert set(drawn) == {1, 2, 4}
+    assert drawn == [sampler.at_once(step) for step in range(60)]
+
+
+@pytest.mark.parametrize("at_once", [3, 16])
+def test_edits_live_together_must_divide_the_batch(at_once: int):
+    with pytest.raises(EditorError, match=f"power of 2 that divides the batch of 8; got {at_once}"):
+        TrainingConfig(batch=8, at_once=at_once)

@@ -146,7 +146,8 @@ class Trainer:
         late = int(config.late_first_step)
         first = step * config.accumulate + (late if step else 0)
         for index in range(first, (step + 1) * config.accumulate + late):
-            losses = self.meta.losses(self.sampler.batch(index))
+            at_once = self.sampler.at_once(index)
+            losses = self.meta.losses(self.sampler.batch(index), at_once=at_once)
             self._check_finite(losses)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:

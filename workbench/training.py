@@ -40,6 +40,8 @@ class TrainingConfig:
     Args:
         steps: Optimiser steps.
         batch: Edits in one step, all captured, transformed and scored together.
+        at_once: Most edits that are live together when their texts are scored. Each step draws
+            a power of 2 up to it, so that an editor learns to edit alone and in company.
         lr: Adam's learning rate for the networks.
         edit_lr_lr: Adam's learning rate for the layers' alphas.
         gate_lr: Adam's learning rate for the logits of a gated editor's shares.
@@ -73,6 +75,7 @@ class TrainingConfig:
 
     steps: int = 1000
     batch: int = 10
+    at_once: int = 1
     lr: float = 1e-6
     edit_lr_lr: float = 1e-4
     gate_lr: float = 1e-2
@@ -99,10 +102,15 @@ class TrainingConfig:
     health_after: int = 300
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch", "accumulate", "chunk", "equivalents", "text_tokens")
+        counts = ("steps", "batch", "at_once", "accumulate", "chunk", "equivalents", "text_tokens")
         for name in (*counts, "save_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise EditorError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.at_once & (self.at_once - 1) or self.batch % self.at_once:
+            raise EditorError(
+                f"at_once must be a power of 2 that divides the batch of {self.batch}; got "
+                f"{self.at_once}."
+            )
         if not 0 <= self.decay <= 1:
             raise EditorError(f"decay is a share of the steps, 0 to 1; got {self.decay}.")
 
@@ -168,6 +176,11 @@ class TextSampler:
         chooser = random.Random(f"{self._config.seed}:{step}")
         return [self.texts(self._pick(step * size + k, n), chooser) for k in range(size)]
 
+    def at_once(self, step: int) -> int:
+        """How many edits of a step's batch are live together."""
+        chooser = random.Random(f"{self._config.seed}:together:{step}")
+        return 1 << chooser.randrange(self._config.at_once.bit_length())
+
     def _pick(self, position: int, n: int) -> EditExample:
         # A random affine walk visits every example once an epoch, with no list to keep or save.
         epoch, place = divmod(position, n)
@@ -228,10 +241,18 @@ class MetaStep:
         self.trunk = Trunk(self.lm, editor.layers)
         self.cache = TrunkCache(self.lm, self.trunk, config.cache_gb if cached else 0.0)
 
-    def losses(self, edits: Sequence[EditTexts], backward: bool = True) -> StepLosses:
+    def losses(
+        self, edits: Sequence[EditTexts], backward: bool = True, at_once: int = 1
+    ) -> StepLosses:
         """Score a batch; with `backward`, add the gradient of `total` to the editor's `.grad`.
 
         An editor in training mode takes the rows into its running statistics first.
+
+        Args:
+            edits: The batch.
+            backward: Whether to differentiate.
+            at_once: Edits, one after another in the batch, whose texts are scored under all of
+                them; divides their number.
         """
         editor, config = self.editor, self.config
         factors, before = self._capture([edit.edit for edit in edits])
@@ -239,18 +260,19 @@ class MetaStep:
         with torch.set_grad_enabled(backward and whole):
             pseudofactors = editor.transform(factors, gather=editor.training)
             made = editor.update(pseudofactors, factors).folded()
+            made = made.map(lambda terms: terms.unflatten(0, (-1, at_once)).flatten(1, 2))
         leaves = made.map(lambda tensor: tensor.detach().requires_grad_(backward))
         if not whole:
             del pseudofactors, made
         with torch.set_grad_enabled(backward):
-            edit_loss, success = self._equivalents(edits, leaves)
-            locality = self._locality(edits, leaves)
+            edit_loss, success = self._equivalents(edits, leaves, at_once)
+            locality = self._locality(edits, leaves, at_once)
         if backward:
             slopes = [leaf.grad for leaf in leaves.tensors()]
             if whole:
                 _backward(made, slopes)
             else:
-                self._chunked_backward(factors, slopes)
+                self._chunked_backward(factors, slopes, at_once)
         total = config.c_edit * edit_loss + config.c_locality * locality
         return StepLosses(edit_loss, before, locality, total, success)
 
@@ -278,13 +300,15 @@ class MetaStep:
                 found[place] = tuple(sides)
         return [found[place] for place in range(len(texts))]
 
-    def _equivalents(self, edits: Sequence[EditTexts], leaves: Update) -> tuple[float, float]:
+    def _equivalents(
+        self, edits: Sequence[EditTexts], leaves: Update, at_once: int
+    ) -> tuple[float, float]:
         """Mean loss of the equivalents under their edits, and the share that is exact.
 
         Where the leaves want gradient, that of the weighted loss is added to theirs: one batch
         at a time, so that one batch's logits are held at a time.
         """
-        texts, owners = _owned([edit.equivalents for edit in edits])
+        texts, owners = _owned([edit.equivalents for edit in edits], at_once)
         losses, exact = [], []
         for places in passes(self.lm, texts):
             batch, hidden = self._batch([texts[place] for place in places])
@@ -297,9 +321,9 @@ class MetaStep:
             exact.append((per_sequence_mean(right, batch) == 1).float())
         return torch.cat(losses).mean().item(), torch.cat(exact).mean().item()
 
-    def _locality(self, edits: Sequence[EditTexts], leaves: Update) -> float:
+    def _locality(self, edits: Sequence[EditTexts], leaves: Update, at_once: int) -> float:
         """Mean KL(original || edited) of what must not change; gradients as `_equivalents`."""
-        texts, owners = _owned([edit.locality for edit in edits])
+        texts, owners = _owned([edit.locality for edit in edits], at_once)
         losses = []
         for places in passes(self.lm, texts) if texts else ():
             batch, hidden = self._batch([texts[place] for place in places])
@@ -317,21 +341,24 @@ class MetaStep:
     def _edited(
         self, batch: Batch, hidden: Tensor | None, leaves: Update, owners: Tensor
     ) -> Tensor:
-        """Logits at the targets, each text under the edit that owns it."""
+        """Logits at the targets, each text under the edits that own it."""
         owners = owners.to(self.lm.device)
-        with overlay(self.lm.model, leaves.map(lambda tensor: tensor[owners.to(tensor.device)])):
+        single = all(len(tensor) == 1 for tensor in leaves.tensors())
+        update = leaves.map(lambda t: t[0] if single else t[owners.to(t.device)])
+        with overlay(self.lm.model, update):
             return self.trunk.logits(batch, hidden)
 
     def _chunked_backward(
-        self, factors: Mapping[str, Factors], slopes: Sequence[Tensor | None]
+        self, factors: Mapping[str, Factors], slopes: Sequence[Tensor | None], at_once: int
     ) -> None:
         """Run the editor once more, some edits at a time, against the gradient of its update."""
+        apart = [s if s is None else s.unflatten(1, (at_once, -1)).flatten(0, 1) for s in slopes]
         size, count = self.config.chunk, len(next(iter(factors.values())).delta)
         for part in (slice(first, first + size) for first in range(0, count, size)):
             some = {n: Factors(f.activation[part], f.delta[part]) for n, f in factors.items()}
             with torch.enable_grad():
                 made = self.editor.update(self.editor.transform(some), some).folded()
-            _backward(made, [slope if slope is None else slope[part] for slope in slopes])
+            _backward(made, [slope if slope is None else slope[part] for slope in apart])
 
 
 class _Divergence(torch.autograd.Function):
@@ -363,7 +390,7 @@ def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:
     torch.autograd.backward([tensor for tensor, _ in pairs], [slope for _, slope in pairs])
 
 
-def _owned(texts: Sequence[Sequence[Tokens]]) -> tuple[list[Tokens], Tensor]:
-    """All edits' texts in a row, and the edit that each belongs to."""
-    owners = [owner for owner, some in enumerate(texts) for _ in some]
+def _owned(texts: Sequence[Sequence[Tokens]], at_once: int) -> tuple[list[Tokens], Tensor]:
+    """All edits' texts in a row, and the set of edits that each belongs to."""
+    owners = [owner // at_once for owner, some in enumerate(texts) for _ in some]
     return [text for some in texts for text in some], torch.tensor(owners, dtype=torch.long)
