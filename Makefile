@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup app test browser lint types fmt notebooks bench screenshots lock clean
+.PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -70,6 +70,9 @@ notebooks: setup  ## execute the notebooks in place
 
 bench: setup  ## measure speed and memory
 	$(PY) -m tests.benchmarks $(ARGS)
+
+tables: setup  ## train and measure what assets/results compares (ARGS="--only together")
+	$(PY) -m workbench.recipes.tables $(ARGS)
 
 screenshots: setup browser  ## take the README's pictures anew
 	$(PY) -m tests.screenshots

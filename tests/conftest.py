@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,17 @@ def default_model() -> LanguageModel:
     from workbench.models import open_model
 
     return open_model(device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama with one token a character, for commands that open a model."""
+    from families import FAMILIES, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    partial(FAMILIES["llama"], max_position_embeddings=512)().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

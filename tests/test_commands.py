@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, tiny_tokenizer
 
 from workbench import commands, open_model
 from workbench.__main__ import main
@@ -21,19 +19,11 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny model with one token a character."""
-    folder = tmp_path_factory.mktemp("model")
-    longer = {"max_position_embeddings": 512}
-    partial(FAMILIES["llama"], **longer)().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def test_training_leaves_an_editor_from_which_training_goes_on(model: str, tmp_path: Path) -> None:
+def test_training_leaves_an_editor_from_which_training_goes_on(
+    tiny_model: str, tmp_path: Path
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS]
     assert main([*command, "--out", str(first)]) == 0
     passages = tmp_path / "passages.txt"
     passages.write_text("The river runs to the sea. " * 30)
@@ -47,9 +37,9 @@ def test_training_leaves_an_editor_from_which_training_goes_on(model: str, tmp_p
 
 
 def test_a_start_with_other_settings_is_refused(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS]
     assert main([*command, "--out", str(tmp_path / "first")]) == 0
     other = ["--start", str(tmp_path / "first"), "--rank", "8", "--out", str(tmp_path / "second")]
     assert main([*command, *other]) == 2
@@ -98,8 +88,8 @@ def test_commands_explain_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
-def test_layers_are_chosen_by_name_or_number(model: str, tmp_path: Path) -> None:
-    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+def test_layers_are_chosen_by_name_or_number(tiny_model: str, tmp_path: Path) -> None:
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS]
     chosen = ["--matrices", "down_proj", "--blocks=-2", "--out", str(tmp_path)]
     assert main([*command, *chosen]) == 0
     about = json.loads((tmp_path / "editor.json").read_text())
@@ -107,14 +97,14 @@ def test_layers_are_chosen_by_name_or_number(model: str, tmp_path: Path) -> None
 
 
 def test_figures_are_packed_however_the_folder_is_named(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     editor, figures = tmp_path / "editor", tmp_path / "figures.json"
-    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS]
     assert main([*command, "--out", str(editor)]) == 0
     measured = ["--editors", str(editor), "--limit", "2", "--json", str(figures)]
-    assert main(["evaluate", "--model", model, "--data", "facts", *measured]) == 0
-    pack = ["pack", "--model", model, "--evaluation", str(figures)]
+    assert main(["evaluate", "--model", tiny_model, "--data", "facts", *measured]) == 0
+    pack = ["pack", "--model", tiny_model, "--evaluation", str(figures)]
     other = f"{editor}/../editor"
     assert main([*pack, "--editor", other, "--out", str(tmp_path / "packed")]) == 0
     card = json.loads((tmp_path / "packed" / "editor.json").read_text())["card"]
@@ -130,15 +120,15 @@ def test_cards_name_data_without_saying_where_it_lay() -> None:
 
 
 def test_editors_are_averaged_by_share(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "--model", model, "--data", "facts", "--limit", "9", *SETTINGS]
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS]
     for name, seed in (("one", "0"), ("two", "1")):
         assert main([*command, "--seed", seed, "--out", str(tmp_path / name)]) == 0
-    pack = ["pack", "--model", model, "--editor", str(tmp_path / "one")]
+    pack = ["pack", "--model", tiny_model, "--editor", str(tmp_path / "one")]
     mix = [*pack, "--average", str(tmp_path / "two")]
     assert main([*mix, "--share", "0.25", "--out", str(tmp_path / "mixed")]) == 0
-    lm = open_model(model, device="cpu", progress=False)
+    lm = open_model(tiny_model, device="cpu", progress=False)
     one, two, mixed = (
         dict(load_editor(tmp_path / name, lm).named_parameters())
         for name in ("one", "two", "mixed")

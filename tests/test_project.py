@@ -37,6 +37,7 @@ LAYERS = (
     ("plots", "tables"),
     ("widgets",),
     ("commands", "__main__", "__init__"),
+    ("recipes",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 HEAVY = ("anywidget", "bitsandbytes", "datasets", "gradio", "ipywidgets", "peft", "plotly")

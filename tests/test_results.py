@@ -1,0 +1,93 @@
+"""`make tables`: its recipes are valid commands, and it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.__main__ import _parser
+from workbench.editors import SHIPPED, editor_names
+from workbench.errors import WorkbenchError
+from workbench.recipes.tables import RECIPES, TRAINED, Runner, rows
+
+SHIPPED_RECIPES: dict[str, Any] = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
+PARTS = [part for table in SHIPPED_RECIPES["tables"] for part in table["parts"]]
+
+
+@pytest.mark.parametrize("name", SHIPPED_RECIPES["editors"])
+def test_each_training_is_a_command(name: str) -> None:
+    command = SHIPPED_RECIPES["editors"][name].format(data="DATA", work="WORK")
+    options = _parser().parse_args(["train", *shlex.split(command), "--out", "DIR"])
+    assert options.editor in editor_names()
+
+
+@pytest.mark.parametrize("part", PARTS, ids=[part["title"] for part in PARTS])
+def test_each_row_is_a_command_of_its_own(part: dict[str, Any]) -> None:
+    listed = list(rows(part))
+    assert len({row.file for row in listed}) == len({row.label for row in listed}) == len(listed)
+    for row in listed:
+        _parser().parse_args(["evaluate", *shlex.split(row.arguments.format(data="", work=""))])
+        name = row.editor
+        if name.startswith(TRAINED):
+            assert name.removeprefix(TRAINED) in SHIPPED_RECIPES["editors"]
+        else:
+            assert name in {*editor_names(), *SHIPPED}
+
+
+@pytest.fixture
+def recipes(tiny_model: str) -> dict[str, Any]:
+    model = f"--model {tiny_model} --data facts"
+    training = "--steps 2 --batch 2 --rank 2 --blocks -1 --validation 2 --limit 4"
+    return {
+        "editors": {"small": f"{model} {training} --health-after 0"},
+        "tables": [
+            {
+                "name": "small",
+                "title": "A small table",
+                "text": "Of a tiny model.",
+                "parts": [
+                    {
+                        "title": "Facts",
+                        "evaluate": f"{model} --split dev --limit 3",
+                        "editors": ["ft", "@small"],
+                        "variants": {"alone": "", "two": "--at-once 2"},
+                    }
+                ],
+            }
+        ],
+    }
+
+
+def test_a_table_goes_on_where_it_was(
+    recipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (table,) = recipes["tables"]
+    runner = Runner(recipes, tmp_path, tmp_path / "out", tmp_path / "work", None)
+    ran: list[str] = []
+    run = runner.run
+    monkeypatch.setattr(
+        runner, "run", lambda command: (ran.append(command.split()[0]), run(command))
+    )
+    runner.table(table)
+    assert sorted(ran) == ["evaluate"] * 4 + ["train"]
+    whole = (tmp_path / "out/small.md").read_text()
+    found = json.loads((tmp_path / "out/small.json").read_text())["rows"]
+    assert [row["row"] for row in found] == ["ft, alone", "ft, two", "small, alone", "small, two"]
+    assert all(f"| {row['row']} |" in whole for row in found)
+    assert [next(iter(row["editors"].values()))["n"] for row in found] == [3] * 4
+    assert [row["settings"]["at_once"] for row in found] == [1, 2, 1, 2]
+
+    ran.clear()
+    next((tmp_path / "out/rows").glob("ft--two*")).unlink()
+    runner.table(table)
+    assert ran == ["evaluate"]
+
+    recipes["editors"]["small"] += " --seed 3"
+    next((tmp_path / "out/rows").glob("small--two*")).unlink()
+    with pytest.raises(WorkbenchError, match="remove it to train it again"):
+        runner.table(table)
