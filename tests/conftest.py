@@ -51,7 +51,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from families import FAMILIES, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
-    partial(FAMILIES["llama"], max_position_embeddings=512)().save_pretrained(folder)
+    longer = {"max_position_embeddings": 512}
+    partial(FAMILIES["llama"], **longer)().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
