@@ -16,10 +16,9 @@ from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
 from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest
-from workbench.encoding import Tokens, collate, passes, tokenize, tokenize_text
+from workbench.encoding import Tokens, collate, kl, passes, tokenize, tokenize_text
 from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
 from workbench.overlay import overlay
-from workbench.training import kl
 from workbench.updates import Update, stack_sequences
 from workbench.views import Trunk
 
@@ -124,7 +123,9 @@ class _Judge:
         found: list[EditScores] = []
         for edit, example in enumerate(examples[:_EDITS]):
             start = time.perf_counter()
-            update = self.editor.propose([EditRequest(example.prompt, example.target)]).update
+            update = self.editor.propose(
+                [EditRequest(example.prompt, example.target, example.subject)]
+            ).update
             found.append(EditScores(edit_success=0.0, seconds=time.perf_counter() - start))
             updates.append(update)
             looks += self._looks(edit, example)
