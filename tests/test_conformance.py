@@ -28,6 +28,7 @@ from workbench.editors import (
     editor_class,
     editor_names,
     load_editor,
+    open_editor,
     save_editor,
 )
 from workbench.encoding import collate, tokenize
@@ -253,7 +254,7 @@ def test_an_editor_made_again_from_its_file_or_settings_edits_alike(editor: Edit
         again: Editor = load_editor(save_editor(editor, tmp_path / "editor", {}), editor.lm)
     else:
         settings = json.loads(json.dumps(editor.settings()))
-        again = editor_class(editor.name).from_settings(editor.lm, settings)
+        again = open_editor(editor.name, editor.lm, settings)
     assert json.dumps(again.settings()) == json.dumps(editor.settings())
     assert type(again) is type(editor)
     wanted = requests(editor)

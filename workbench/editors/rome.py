@@ -32,7 +32,7 @@ class RomeConfig:
 
     Args:
         block: The block whose MLP is changed, negative ones count from the top; None: the one a
-            third of the way up.
+            fifth of the way up (in the paper 5 of 28 for GPT-J, 17 of 48 for GPT-2 XL).
         prefixes: Beginnings of sentences put before the prompt, one at a time, so that key and
             value hold in any context.
         prefix_words: Words of each.
@@ -79,10 +79,12 @@ class RomeConfig:
 class Rome:
     """Rank-one model editing: the MLP as a memory in which a subject's key gets another value.
 
-    The update is `dW = (v* - W k*) (C^-1 k*)^T / (k*^T C^-1 k*)` (equation 2): of all changes that
-    send the key k* to the value v*, the one that moves other inputs least, C being their
-    uncentred covariance. Several requests are solved for together, each key a constraint of its
-    own: `dW = D^T (K C^-1 K^T)^-1 K C^-1` with keys K and changes of value D as rows.
+    The update is `dW = (v* - W k) (C^-1 k*)^T / (k^T C^-1 k*)` (equation 2): of all changes that
+    send a key to the value v*, the one that moves other inputs least, C being their uncentred
+    covariance. As in the published code k* is the mean over contexts, and k the key in the bare
+    prompt, which so gets v* exactly. Several requests are solved for together, each key k a
+    constraint of its own: `dW = D^T (K* C^-1 K^T)^-1 K* C^-1`, the keys and the changes of value
+    D as rows.
 
     Args:
         lm: The frozen model, a decoder.
@@ -117,16 +119,16 @@ class Rome:
             Cancelled: See `cancellable`.
         """
         tokens, factors = gradient_factors(self.lm, self.layers, requests)
-        pairs = [self._pair(request) for request in requests]
-        keys, changes = (torch.stack(side).double() for side in zip(*pairs, strict=True))
+        found = [self._solve(request) for request in requests]
+        own, keys, changes = (torch.stack(side).double() for side in zip(*found, strict=True))
         whitened = torch.cholesky_solve(keys.mT, self._cholesky).mT
         # Keys too alike to be told apart share the mean of their changes.
-        rows = torch.linalg.pinv(keys @ whitened.mT, rtol=1e-3, hermitian=True) @ whitened
+        rows = torch.linalg.pinv(whitened @ own.mT, rtol=1e-4) @ whitened
         update = Update({self.layer.name: LayerUpdate(rows.float(), changes.float())})
         return Proposal(update, self.layers, tokens, factors)
 
-    def _pair(self, request: EditRequest) -> tuple[Tensor, Tensor]:
-        """The key k*, `(in,)` (equation 3), and the change of its value, v* - W k*, `(out,)`."""
+    def _solve(self, request: EditRequest) -> tuple[Tensor, Tensor, Tensor]:
+        """The keys k and k*, `(in,)` (equation 3), and the change of value v* - W k, `(out,)`."""
         subject, lm = find_subject(request), self.lm
         prompts = [start + request.prompt for start in self._starts(request)]
         essence = f"{subject} is a"
@@ -137,8 +139,8 @@ class Rome:
         inputs = self._inputs(batch)
         places = torch.zeros(*inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         places[range(len(texts)), columns] = True
-        keys = inputs[places]
-        return keys[:-1].float().mean(0), self._change(batch, places, keys[:1])
+        keys = inputs[places].float()
+        return keys[0], keys[:-1].mean(0), self._change(batch, places, keys[:1].to(inputs))
 
     def _starts(self, request: EditRequest) -> list[str]:
         """What is put before the prompt: nothing, then the prefixes."""
@@ -254,7 +256,8 @@ def find_subject(request: EditRequest) -> str:
     """What a prompt is about, as it stands there.
 
     The request's own subject where the prompt holds it, in whatever case; else a guess: the
-    longest run of capitalised words, or the last word where there is none.
+    longest run of capitalised words (the first word by itself only where there is no other), or
+    the last word where there is none.
     """
     given = re.escape((request.subject or "").strip())
     if given and (found := re.findall(given, request.prompt, re.IGNORECASE)):
@@ -263,7 +266,9 @@ def find_subject(request: EditRequest) -> str:
     grouped = [list(run) for _, run in groupby(words, lambda word: word[0][0].isupper())]
     runs = [request.prompt[run[0].start() : run[-1].end()] for run in grouped]
     named = [run for run in runs if run[0].isupper()]
-    return max(named, key=len, default=words[-1][0] if words else request.prompt.strip())
+    later = [run for run in named if " " in run or not request.prompt.startswith(run)]
+    last = words[-1][0] if words else request.prompt.strip()
+    return max(later or named, key=len, default=last)
 
 
 def _subject_end(lm: LanguageModel, text: str, subject: str) -> int:
@@ -281,7 +286,7 @@ def _down_projection(lm: LanguageModel, block: int | None) -> EditableLayer:
             f"{lm.source} is a {lm.kind} model. Use editor='ft', 'ft_kl', 'lora' or 'mend'."
         )
     width = lm.model.config.get_text_config().hidden_size
-    block = len(lm.stacks[-1].blocks) // 3 if block is None else block
+    block = len(lm.stacks[-1].blocks) // 5 if block is None else block
     try:
         found = [layer for layer in lm.layers([block], "mlp") if layer.out_features == width]
         return found[-1]
