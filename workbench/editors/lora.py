@@ -120,7 +120,12 @@ class Lora:
         devices = [self.lm.device] if self.lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.config.seed)
-            return peft.inject_adapter_in_model(settings, view)
+            adapted: Any = peft.inject_adapter_in_model(settings, view)
+        for layer in self.layers:  # half precision is too coarse for Adam's steps
+            module = adapted.get_submodule(layer.name)
+            module.lora_A.float()
+            module.lora_B.float()
+        return adapted
 
 
 def _change(adapted: nn.Module, name: str) -> LayerUpdate:
