@@ -27,12 +27,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "files", "gguf"),
+    ("cancel", "files", "gguf", "data", "readers", "corpus"),
     ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
     ("overlay", "factors", "views"),
     ("editors",),
-    ("data", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
+    ("training", "trainer", "metrics", "probes", "results"),
     ("aggregate", "compare", "edit", "evaluate", "session", "sessionfile"),
     ("plots", "tables"),
     ("widgets",),

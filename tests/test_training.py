@@ -20,12 +20,12 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from workbench.data import EditExample
 from workbench.editors.mend import Mend
-from workbench.encoding import Tokens, tokenize
+from workbench.encoding import Tokens, kl, tokenize
 from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig, kl
+from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig
 from workbench.updates import Update
 
 

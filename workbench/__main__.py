@@ -100,7 +100,10 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantize", choices=["8bit", "4bit"])
     if editor:
-        parser.add_argument("--editor", help="a trained editor's folder, mend, mend-linear or ft")
+        parser.add_argument(
+            "--editor",
+            help="a trained editor's folder, mend, mend-linear, ft, ft_kl, rome or lora",
+        )
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

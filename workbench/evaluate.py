@@ -17,11 +17,10 @@ from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
 from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest
-from workbench.encoding import Tokens, collate, passes, tokenize, tokenize_text
+from workbench.encoding import Tokens, collate, kl, passes, tokenize, tokenize_text
 from workbench.errors import EditError
 from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
 from workbench.overlay import overlay
-from workbench.training import kl
 from workbench.updates import Update, stack_sequences
 from workbench.views import Trunk
 
@@ -140,7 +139,7 @@ class _Judge:
         found: list[EditScores] = []
         for first in range(0, min(len(examples), max(size, _EDITS)), size):
             together = examples[first : first + size]
-            requests = [EditRequest(example.prompt, example.target) for example in together]
+            requests = [EditRequest(e.prompt, e.target, e.subject) for e in together]
             start = time.perf_counter()
             made = propose_together(
                 self.editor, requests, config.aggregation, config.damping

@@ -53,9 +53,7 @@ class SavedSession:
     def open_editor(self, lm: LanguageModel) -> Editor:
         """The session's editor; where it is not to be had, fine-tuning, with a warning."""
         try:
-            if self.editor == FineTune.name:
-                return FineTune.from_settings(lm, self.settings)
-            return open_editor(self.editor, lm)
+            return open_editor(self.editor, lm, self.settings)
         except EditorError as error:
             warnings.warn(
                 f"The session's edits are back, its editor is not, so that new edits are made by "

@@ -6,11 +6,9 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench.data import EditExample, Statement
@@ -19,6 +17,7 @@ from workbench.encoding import (
     Batch,
     Tokens,
     collate,
+    kl,
     passes,
     per_sequence_mean,
     sequence_nll,
@@ -359,29 +358,6 @@ class MetaStep:
             with torch.enable_grad():
                 made = self.editor.update(self.editor.transform(some), some).folded()
             _backward(made, [slope if slope is None else slope[part] for slope in apart])
-
-
-class _Divergence(torch.autograd.Function):
-    """KL(base || edited), its gradient softmax(edited) - softmax(base) made in the same pass."""
-
-    @staticmethod
-    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
-        difference, after = log_softmax(base.float(), -1), log_softmax(edited.float(), -1)
-        before = difference.exp()
-        difference -= after
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(after.exp_().sub_(before))
-        return torch.linalg.vecdot(before, difference)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor]:
-        (slope,) = ctx.saved_tensors
-        return None, slope * slopes[0].unsqueeze(-1)
-
-
-def kl(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) of next-token distributions, nats, `(n, vocabulary)` -> `(n,)`."""
-    return _Divergence.apply(base, edited)  # type: ignore[no-any-return]
 
 
 def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:

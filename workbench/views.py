@@ -116,13 +116,13 @@ class Trunk:
         below = self._skips(first, self.start)
         stop = {f"{last.path}.{len(last.blocks) - 1}": _StopAfter(last.blocks[-1])}
         everything = {k: v for stack in lm.stacks for k, v in self._skips(stack).items()}
-        self._upper = _shallow(lm.model, below | _head(lm))
-        self._upper_body = _shallow(lm.model, below | stop)
-        self._top = _shallow(lm.model, everything | _head(lm))
+        self._upper = shallow(lm.model, below | _head(lm))
+        self._upper_body = shallow(lm.model, below | stop)
+        self._top = shallow(lm.model, everything | _head(lm))
         self._lower = None
         if self.start:
             end = first.blocks[self.start - 1]
-            self._lower = _shallow(lm.model, {f"{first.path}.{self.start - 1}": _StopAfter(end)})
+            self._lower = shallow(lm.model, {f"{first.path}.{self.start - 1}": _StopAfter(end)})
 
     def _skips(self, stack: Stack, end: int | None = None) -> dict[str, nn.Module]:
         blocks = stack.blocks[:end]
@@ -257,6 +257,37 @@ def _size(value: tuple[Tensor, ...]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in value)
 
 
+class _StopBefore(nn.Module):
+    """Stands in for a layer and ends the whole forward pass with what the layer was to read."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise _Reached(inputs)
+
+
+class LayerInputs:
+    """What one layer reads; the model runs no further than to it.
+
+    Args:
+        lm: The model.
+        layer: The layer.
+    """
+
+    def __init__(self, lm: LanguageModel, layer: EditableLayer) -> None:
+        self.lm, self.layer = lm, layer
+        self._view = shallow(lm.model, {layer.name: _StopBefore()})
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """The layer's inputs, `(batch, tokens, in)`."""
+        try:
+            self._view(**batch.inputs)
+        except _Reached as reached:
+            inputs: Tensor = reached.output
+            # Mixture-of-experts blocks put the tokens of all sequences in one axis.
+            return inputs if inputs.dim() == 3 else inputs.unflatten(0, (batch.size, -1))
+        raise EditError(f"The forward pass never ran the layer {self.layer.name}.")
+
+
 def target_logits(lm: LanguageModel, batch: Batch) -> Tensor:
     """Logits at the batch's target positions only, `(n, vocabulary)`, or `(n, labels)`.
 
@@ -264,7 +295,7 @@ def target_logits(lm: LanguageModel, batch: Batch) -> Tensor:
     tensor is made. Everything after the head (scaling, soft-capping) is the model's own.
     """
     if lm not in _selecting:
-        _selecting[lm] = _shallow(lm.model, _head(lm))
+        _selecting[lm] = shallow(lm.model, _head(lm))
     return _at_targets(_selecting[lm], batch, lm.kind)
 
 
@@ -295,8 +326,12 @@ def _at(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return hidden[rows.to(hidden.device), columns.to(hidden.device)]
 
 
-def _shallow(root: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of `root` with submodules replaced; everything else is shared, nothing is written."""
+def shallow(root: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `root` with submodules replaced; everything else is shared, nothing is written.
+
+    Only the modules on the way to the replaced ones are copied, so that whatever is later set on
+    those, or put in their place, is the copy's alone.
+    """
     clones: dict[str, nn.Module] = {"": _clone(root)}
     for path, new in replacements.items():
         parent = ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from workbench.editors.base import (
     Editor,
@@ -14,8 +16,10 @@ from workbench.editors.base import (
     load_editor,
     save_editor,
 )
-from workbench.editors.finetune import FineTune, FineTuneConfig
+from workbench.editors.finetune import FineTune, FineTuneConfig, FineTuneKL
+from workbench.editors.lora import Lora, LoraConfig
 from workbench.editors.mend import Mend, MendConfig
+from workbench.editors.rome import Rome, RomeConfig
 from workbench.errors import EditorError
 from workbench.models import DEFAULT_MODEL, LanguageModel
 
@@ -25,9 +29,14 @@ __all__ = [
     "Editor",
     "FineTune",
     "FineTuneConfig",
+    "FineTuneKL",
+    "Lora",
+    "LoraConfig",
     "Mend",
     "MendConfig",
     "Proposal",
+    "Rome",
+    "RomeConfig",
     "TrainableEditor",
     "assets_folder",
     "editor_class",
@@ -37,6 +46,11 @@ __all__ = [
     "open_editor",
     "save_editor",
     "shipped_editor",
+]
+
+# The editors that are ready as soon as they are made.
+TRAINING_FREE = [
+    name for name in editor_names() if not issubclass(editor_class(name), TrainableEditor)
 ]
 
 
@@ -70,14 +84,18 @@ def editor_source(editor: Editor) -> str:
     return shipped.get(place, place)
 
 
-def open_editor(source: str | Path | None, lm: LanguageModel) -> Editor:
+def open_editor(
+    source: str | Path | None, lm: LanguageModel, settings: Mapping[str, Any] | None = None
+) -> Editor:
     """Open an editor for a model.
 
     Args:
-        source: A trained editor's folder; "ft" for fine-tuning, which needs no training; for the
-            embedded model "mend" or "mend-linear", its trained editors; None: "mend" for that
-            model, else "ft".
+        source: A trained editor's folder; the name of one that needs no training ("ft", "ft_kl",
+            "rome", "lora"); for the embedded model "mend" or "mend-linear", its trained editors;
+            None: "mend" for that model, else "ft".
         lm: The model to edit.
+        settings: Of an editor that needs no training, those that differ from its defaults. A
+            trained one brings its own.
 
     Raises:
         EditorError: Nothing of that name, or the editor does not fit the model.
@@ -85,8 +103,8 @@ def open_editor(source: str | Path | None, lm: LanguageModel) -> Editor:
     embedded = lm.source == DEFAULT_MODEL
     if source is None:
         source = Mend.name if embedded else FineTune.name
-    if source == FineTune.name:
-        return FineTune(lm)
+    if source in TRAINING_FREE:
+        return editor_class(str(source)).from_settings(lm, settings or {})
     if embedded and source in SHIPPED:
         return load_editor(shipped_editor(str(source)), lm)
     if Path(source).is_dir():

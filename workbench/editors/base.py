@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from workbench.cancel import checkpoint
 from workbench.encoding import Tokens, collate, sequence_nll, tokenize
 from workbench.errors import EditError, EditorError, WorkbenchError
 from workbench.factors import Factors, capture
@@ -25,10 +26,18 @@ from workbench.views import target_logits
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What the model should say: after `prompt`, `target`."""
+    """What the model should say: after `prompt`, `target`.
+
+    Args:
+        prompt: What it reads.
+        target: What it should say next.
+        subject: What the prompt is about, a part of it; for ROME, which guesses it where it is
+            None. Other editors do not look at it.
+    """
 
     prompt: str
     target: str
+    subject: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +117,33 @@ def gradient_factors(
             )
         factors = tap.factors(loss, batch.size)
     return tokens, factors
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, steps: int, look: Callable[[], tuple[Tensor, bool]]
+) -> None:
+    """Take steps down a loss until it is low enough, or steps run out.
+
+    Args:
+        optimizer: Over what is learned; nothing else may require gradient.
+        steps: Most steps taken.
+        look: Computes the loss, 0-d, and says whether that is enough.
+
+    Raises:
+        EditError: The loss is not finite.
+        Cancelled: See `cancellable`.
+    """
+    for _ in range(steps):
+        checkpoint()
+        with torch.enable_grad():
+            loss, done = look()
+        if not torch.isfinite(loss):
+            raise EditError("The edit diverged: lower lr. Nothing was changed.")
+        if done:
+            break
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
 
 
 class TrainableEditor(nn.Module, ABC):
