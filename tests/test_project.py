@@ -34,6 +34,7 @@ LAYERS = (
     ("editors",),
     ("data", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
     ("compare", "evaluate", "session", "sessionfile"),
+    ("style",),
     ("plots", "tables"),
     ("widgets",),
     ("commands", "__main__", "__init__"),
