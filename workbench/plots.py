@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseFigure
 
 from workbench.errors import EditError, FigureError
 from workbench.results import Comparison, EditTrace, LayerTrace, Overlap, PromptComparison
@@ -209,7 +211,7 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> go.Figure:
     return figure.update_layout(axes, height=520)
 
 
-def save(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
+def save(figure: BaseFigure, path: str | Path, *, scale: float = 2.0) -> Path:
     """Write a figure: .html, interactive and whole without a network; or .png, .svg, .pdf.
 
     Args:
@@ -235,10 +237,9 @@ def save(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
             f"{path.name} needs the package kaleido (pip install kaleido) and Chrome or Chromium. "
             f"Without them write .html; its camera button makes a PNG in the browser."
         )
-    import kaleido
-
-    size = {"width": figure.layout.width or _WIDTH, "height": figure.layout.height}
-    options = {"format": kind[1:], "scale": scale} | size
+    kaleido, layout = import_module("kaleido"), figure["layout"]
+    options = {"format": kind[1:], "scale": scale, "height": layout["height"]}
+    options["width"] = layout["width"] or _WIDTH
     try:  # as it is: mathematics would be asked for on the web
         drawn = kaleido.calc_fig_sync(figure, options, kopts={"mathjax": False})
     except Exception as error:  # of a browser that is not there, or will not start
