@@ -114,7 +114,7 @@ def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = Fals
         def on(
             event: Any, handler: Any, inputs: Any, outputs: Any, mode: Any = "once", js: Any = _ASK
         ) -> None:
-            event(
+            asked = event(
                 handler,
                 inputs,
                 outputs,
@@ -123,7 +123,9 @@ def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = Fals
                 js=js,
                 **MODEL,
                 **PRIVATE,
-            ).then(None, js=_ANSWERED, **PRIVATE)
+            )
+            for ended in (asked.success, asked.failure):  # `then` does not follow a refusal
+                ended(None, js=_ANSWERED, **PRIVATE)
 
         said = gr.Textbox(visible=False)  # by the browser
         waiting = gr.Checkbox(visible=False)

@@ -106,8 +106,8 @@ _VISIBLE = """[...document.querySelectorAll('button, input, textarea, summary, [
     .filter(part => part.checkVisibility({visibilityProperty: true}) && !part.disabled)"""
 UNNAMED = f"""() => {_VISIBLE}.filter(part => !(part.getAttribute('aria-label') || part.title
     || part.innerText?.trim() || part.labels?.[0]?.innerText.trim())).map(part => part.outerHTML)"""
-CONTROLS = """() => [...document.querySelectorAll('#prompt, #target, #edit, #compare, #undo,
-    #adapter, #session, #load, #history .switch, #history .title, #history .remove')]
+CONTROLS = """() => [...document.querySelectorAll(`#prompt, #target, #edit, #compare, #undo,
+    #adapter, #session, #load, #history .switch, #history .title, #history .remove`)]
     .map(part => part.id || part.className)"""
 FOCUSED = """() => { const part = document.activeElement; return part.id
     || part.closest('#prompt, #target')?.id || part.className || part.parentElement.id; }"""
@@ -184,6 +184,7 @@ def test_bad_input_is_answered_and_kept(open_page: Callable[..., Page]):
     prompt.fill("<img src=x onerror=alert(1)>")
     page.locator("#edit").click()
     expect(page.get_by_test_id("toast-body")).to_contain_text("target is empty")
+    expect(page.locator("#cancel")).to_be_hidden(timeout=15_000)
     expect(prompt).to_have_value("<img src=x onerror=alert(1)>")
     page.locator("#target textarea, #target input").fill("<b>bold</b>")
     page.locator("#edit").click()

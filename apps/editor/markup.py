@@ -99,7 +99,7 @@ def welcome() -> str:
     )
     return (
         '<div class="welcome"><p><b>Choose an example or type an edit, then press Edit.</b> In '
-        "about five seconds you see here what the model says before and after it, word by word, "
+        "a few seconds you see here what the model says before and after it, word by word, "
         f"for four kinds of prompts:</p><ul>{kinds}</ul><p>Below them: every edit, to switch off, "
         "weaken, strengthen, remove or undo; and <b>why</b> it works: the gradient's factors by "
         "layer and token, the size of each layer's update, its spectrum, its overlap with other "
