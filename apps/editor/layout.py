@@ -34,7 +34,8 @@ FIGURES = {
     ),
     "Overlap": (
         "Cosine between the updates of every two live edits. Near 0 they write in unrelated "
-        "directions; near 1 or −1 one changes what the other has written.",
+        "directions; near 1 or −1 one changes what the other has written. "
+        "It takes two edits to see.",
         1,
     ),
 }
