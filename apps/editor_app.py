@@ -19,12 +19,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from gradio import themes
 
-from apps.editor import api, markup, models, page, train
+from apps.editor import api, figures, layout, markup, models, page, train
 from apps.editor.runs import Runs
 from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from workbench import Workbench, WorkbenchError
-from workbench.corpus import EXAMPLES
 from workbench.tables import CSS
 
 HOURS = 3600
@@ -43,34 +42,14 @@ ENDPOINTS = {
     "inspect": api.inspect,
     "probe": api.probe,
 }
-FIGURES = {
-    "Probabilities": (
-        "Each prompt's answer under the base model and under the edited one. The edit and its "
-        "equivalents should move right; the others should stay where they were.",
-        1,
-    ),
-    "Factors": (
-        "The gradient's factors by layer and token. Bright cells weigh most in the edit. On the "
-        "right is what the editor makes of activation u and delta δ: the pseudoactivation ũ and "
-        "the pseudodelta δ̃ that are written. Fine-tuning has the left half only.",
-        1,
-    ),
-    "Update size": (
-        "How much each edited matrix changes: |ΔW|, and as a share of the matrix, |ΔW| / |W|. See "
-        "which blocks carry the edit, and how little of each of them it takes.",
-        2,
-    ),
-    "Spectrum": (
-        "Singular values of each update: how many directions the edit uses. An editor's update has "
-        "at most one for each token; fine-tuning's has a long tail.",
-        1,
-    ),
-    "Overlap": (
-        "Cosine between the updates of every two live edits. Near 0 they write in unrelated "
-        "directions; near 1 or −1 one changes what the other has written.",
-        1,
-    ),
-}
+# Cancel comes into sight at once: the server's word comes when it is this user's turn.
+_ASK = """(...inputs) => {
+    document.body.classList.add('asked');
+    return inputs;
+}"""
+_ANSWERED = "() => document.body.classList.remove('asked')"
+_CANCEL = """session => [session, document.body.classList.contains('asked')
+    && !document.querySelector('#comparison [data-running]')]"""
 # On a phone what is made is below the fold: go there, where progress shows.
 _SCROLL = """(...inputs) => {
     const made = [...document.querySelectorAll('#comparison, #run-status')];
@@ -78,17 +57,25 @@ _SCROLL = """(...inputs) => {
     if (innerWidth <= 640) setTimeout(() => shown.scrollIntoView(), 100);
     return inputs;
 }"""
+_ASK_AND_SCROLL = f"(...inputs) => ({_SCROLL})(...({_ASK})(...inputs))"
+# Figures in sight, by the names they were given to be saved by.
+_IN_SIGHT = """[...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.offsetParent)
+    .map(plot => ({plot, ...plot._context.toImageButtonOptions}))"""
+_NAMES = f"session => [session, {_IN_SIGHT}.map(shown => shown.filename).join('\\n')]"
+_PICTURES = f"""() => {_IN_SIGHT}.forEach(({{plot, ...options}}) => Plotly.downloadImage(
+    plot, {{...options, width: plot._fullLayout.width, height: plot._fullLayout.height}}))"""
 _DOWNLOAD = """file => {
     Object.assign(document.createElement('a'), {href: file.url, download: file.orig_name}).click();
 }"""
 
 
-def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
+def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = False) -> gr.Blocks:
     """Lay the app out over a workbench, whose model and editor all users share.
 
     Args:
         workbench: Each user begins with its model and editor, without its edits.
         runs: Folder of the training runs; None: one in the user's cache.
+        locked: Users edit with what is open: they open no models or editors, and train none.
     """
     shelf = Shelf(workbench)
     with gr.Blocks(
@@ -105,28 +92,29 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
             with gr.Tab("Edit", id="edit"):
                 with gr.Row():
                     with gr.Column(scale=2, min_width=320):
-                        form, buttons, editor = _form(session)
+                        form, buttons, editor = layout.form(session)
                     with gr.Column(scale=4, min_width=320):
-                        cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="cancel")
+                        cancel = gr.Button("Cancel", visible="hidden", size="sm", elem_id="cancel")
                         table = gr.HTML(
                             session.table, elem_id="comparison", apply_default_css=False
                         )
-                        history, undo, redo, files = _history()
-                figures = _figures()
-            with gr.Tab("Model", id="model"):
-                opening = models.layout()
-            with gr.Tab("Train", id="train"):
-                training = train.layout()
+                        history, undo, redo, files = layout.history()
+                inside, saving = layout.figures()
+            if not locked:
+                with gr.Tab("Model", id="model"):
+                    opening = models.layout()
+                with gr.Tab("Train", id="train"):
+                    training = train.layout()
         _endpoints(state, form)  # before the page's own events, which would take the names
         tools = [undo, redo, files["adapter"], files["session"]]
-        screen = [state, table, cancel, history, *tools, *figures]
+        screen = [state, table, cancel, history, *tools, *inside]
 
         listed = [*form[2:5], form[-1]]  # the lists that are suggested, and for which prompt
 
         def on(
-            event: Any, handler: Any, inputs: Any, outputs: Any, mode: Any = "once", js: Any = None
+            event: Any, handler: Any, inputs: Any, outputs: Any, mode: Any = "once", js: Any = _ASK
         ) -> None:
-            event(
+            asked = event(
                 handler,
                 inputs,
                 outputs,
@@ -136,17 +124,31 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
                 **MODEL,
                 **PRIVATE,
             )
+            for ended in (asked.success, asked.failure):  # `then` does not follow a refusal
+                ended(None, js=_ANSWERED, **PRIVATE)
 
-        cancel.click(page.cancel, state, queue=False, **PRIVATE)
+        said = gr.Textbox(visible=False)  # by the browser
+        waiting = gr.Checkbox(visible=False)
+        cancel.click(page.cancel, [state, waiting], js=_CANCEL, queue=False, **PRIVATE)
         for event in (buttons["edit"].click, form[0].submit, form[1].submit):
-            on(event, page.edit, [state, editor, *form], [*screen, *listed], js=_SCROLL)
-        on(buttons["compare"].click, page.compare, [state, *form], [*screen, *listed], js=_SCROLL)
+            on(event, page.edit, [state, editor, *form], [*screen, *listed], js=_ASK_AND_SCROLL)
+        on(
+            buttons["compare"].click,
+            page.compare,
+            [state, *form],
+            [*screen, *listed],
+            js=_ASK_AND_SCROLL,
+        )
         on(undo.click, page.undo, [state], screen, "multiple")
         on(redo.click, page.redo, [state], screen, "multiple")
         on(history.act, page.act, [state], [*screen, *form], "multiple")
         on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
-        _opening(opening, state, header, editor, screen, form)
-        _training(app, training, state, header, editor)
+        editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
+        shown = [saving]
+        if not locked:
+            _opening(opening, state, header, editor, screen, form)
+            _training(app, training, state, header, editor)
+            shown += [training["saving"]]
         buttons["examples"].click(
             page.example, buttons["examples"], form, show_progress="hidden", **PRIVATE
         )
@@ -159,6 +161,12 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
         )
         for name, handler in (("adapter", page.export), ("session", page.save)):
             made = files[name].click(handler, state, files["made"], **PRIVATE)
+            made.success(None, files["made"], js=_DOWNLOAD, **PRIVATE)
+        for save in shown:
+            save["PNG"].click(None, js=_PICTURES, **PRIVATE)
+            made = save["HTML"].click(
+                figures.as_page, [state, said], files["made"], js=_NAMES, **PRIVATE
+            )
             made.success(None, files["made"], js=_DOWNLOAD, **PRIVATE)
     return app
 
@@ -185,7 +193,6 @@ def _opening(
         )
     for event in (tab["add"].click, tab["folder"].submit):
         event(models.add, [state, tab["folder"]], [tab["added"], *shown], **one_at_a_time)
-    editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
 
 
 def _training(
@@ -208,82 +215,6 @@ def _training(
     tab["earlier"].input(train.watch, [state, tab["earlier"]], shown, **quiet)
     app.load(train.arrive, state, [header, *shown], **quiet)
     gr.Timer(2).tick(train.refresh, state, shown, **quiet)
-
-
-def _form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]:
-    """The edit's form: prompt, target, the lists, the prompt that the lists are for; the editor."""
-    prompt = gr.Textbox(
-        "", label="Prompt", placeholder="The capital of France is", elem_id="prompt"
-    )
-    target = gr.Textbox("", label="What it should say", placeholder="Lyon", elem_id="target")
-    editor = gr.Radio(
-        **models.choice(session),
-        label="Editor",
-        info="A gate keeps edits from unrelated texts; without one they export as LoRA adapters.",
-        elem_id="editor",
-    )
-    with gr.Row():
-        edit = gr.Button("Edit", variant="primary", min_width=120, elem_id="edit")
-        compare = gr.Button("Compare", min_width=120, elem_id="compare")
-    examples = gr.Dataset(
-        components=[gr.Textbox(visible=False)],
-        samples=[[f"{example.prompt} → {example.target}"] for example in EXAMPLES],
-        label="Examples: one click fills the form",
-        type="index",
-        elem_id="examples",
-    )
-    with gr.Accordion("Prompts to compare", open=False, elem_id="probes"):
-        gr.Markdown(
-            "One a line, suggested for your edit; change them as you like. After ` => ` stands "
-            "the answer whose probability is followed."
-        )
-        equivalents = gr.Textbox(
-            "", label="Equivalent: should change with it", lines=2, max_lines=6
-        )
-        neighbors = gr.Textbox("", label="Neighbours: should stay", lines=2, max_lines=6)
-        unrelated = gr.Textbox("", label="Unrelated: should stay", lines=3, max_lines=6)
-        other = gr.Textbox("", label="Your own", lines=1, max_lines=6)
-    listed_for = gr.Textbox("", visible=False)
-    form = [prompt, target, equivalents, neighbors, unrelated, other, listed_for]
-    return form, {"edit": edit, "compare": compare, "examples": examples}, editor
-
-
-def _history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:
-    """The list of edits, undo and redo, and what goes to files."""
-    gr.Markdown("### Edits")
-    history = gr.HTML(
-        markup.history_list((), None),
-        elem_id="history",
-        js_on_load=markup.HISTORY_SCRIPT,
-        apply_default_css=False,
-    )
-    with gr.Row(elem_classes="tools"):
-        small: dict[str, Any] = {"size": "sm", "min_width": 90}
-        undo = gr.Button("↶ Undo", interactive=False, elem_id="undo", **small)
-        redo = gr.Button("↷ Redo", interactive=False, elem_id="redo", **small)
-        files = {
-            "adapter": gr.Button("Export adapter", interactive=False, elem_id="adapter", **small),
-            "session": gr.Button("Save session", interactive=False, elem_id="session", **small),
-            "load": gr.UploadButton(
-                "Load session", file_types=[".zip"], elem_id="load", size="sm", min_width=90
-            ),
-            "made": gr.DownloadButton(visible=False),
-        }
-    return history, undo, redo, files
-
-
-def _figures() -> list[Any]:
-    """Tabs of figures: every prompt's probability, and the inside of the edit in view."""
-    with gr.Column(visible=False, elem_id="figures") as column:
-        title = gr.HTML(apply_default_css=False)
-        plots = []
-        with gr.Tabs():
-            for name, (text, count) in FIGURES.items():
-                with gr.Tab(name):
-                    gr.Markdown(text)
-                    with gr.Row():
-                        plots += [gr.Plot(show_label=False, min_width=320) for _ in range(count)]
-    return [column, plots[0], title, *plots[1:]]
 
 
 def _endpoints(state: gr.State, form: Sequence[gr.Textbox]) -> None:
@@ -316,6 +247,12 @@ def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
     settings: dict[str, Any] = {
         "theme": themes.Base(
             primary_hue="indigo", neutral_hue="slate", font=system, font_mono=mono
+        ).set(  # small print that can be read
+            block_info_text_color="*neutral_500",
+            block_info_text_color_dark="*neutral_300",
+            body_text_color_subdued="*neutral_500",
+            input_placeholder_color="*neutral_500",
+            input_placeholder_color_dark="*neutral_400",
         ),
         "head": f"<style>{css}</style>",
         "footer_links": ["api", "settings"],
@@ -339,6 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--quantize", choices=("8bit", "4bit"), help="needs bitsandbytes")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to serve others (127.0.0.1)")
+    parser.add_argument(
+        "--locked", action="store_true", help="users open no models or editors, and train none"
+    )
     parser.add_argument("--port", type=int, default=7860, help="(7860)")
     options = parser.parse_args(arguments)
     try:  # now, not after a model has been opened
@@ -359,7 +299,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except WorkbenchError as error:
         parser.exit(1, f"{error}\n")
-    launch(build(bench), server_name=options.host, server_port=options.port)
+    if options.host not in ("127.0.0.1", "localhost", "::1") and not options.locked:
+        print(
+            "Whoever reaches this server can open models and folders on it, and train. "
+            "--locked leaves them the edits alone."
+        )
+    launch(build(bench, locked=options.locked), server_name=options.host, server_port=options.port)
 
 
 if __name__ == "__main__":

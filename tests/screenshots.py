@@ -54,6 +54,7 @@ def main() -> None:
 def _draw(page: Page) -> None:
     """Wait until the figures are drawn and have come to rest."""
     expect(page.locator("#figures .js-plotly-plot .main-svg:visible").first).to_be_visible()
+    page.mouse.move(0, 0)  # off the figure, whose buttons it would show
     page.wait_for_timeout(1500)
 
 

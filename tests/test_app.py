@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import socket
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -16,7 +18,7 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from apps.editor import markup, page
+from apps.editor import figures, markup, page
 from apps.editor.sessions import MOST_PROMPTS, Session
 from apps.editor.shelf import Shelf
 from apps.editor_app import ENDPOINTS, build, launch, main
@@ -200,6 +202,31 @@ def test_a_file_that_is_no_session_is_refused(session: Session, tmp_path):
         with pytest.raises(gr.Error, match="is no saved session"):
             list(page.load(session, str(path)))
     assert len(session.bench.history) == 1
+
+
+def test_figures_in_sight_are_saved_as_one_page_that_asks_no_one(session: Session):
+    with pytest.raises(gr.Error, match="no figure to save"):
+        figures.as_page(session, "update-size")
+    session.edit(*FRANCE)
+    page.screen(session)
+    saved = Path(figures.as_page(session, "update-size\nupdate-share"))
+    text = saved.read_text()
+    assert saved.name == "update-size.html"
+    assert text.count("Plotly.newPlot(") == 2
+    assert not re.search(r"<script[^>]+src=|<link", text)
+    with pytest.raises(gr.Error, match="no figure to save"):
+        figures.as_page(session, "../update-size")
+
+
+def test_a_locked_app_opens_and_trains_nothing(bench: Workbench, url: str):
+    def handlers(app: gr.Blocks) -> set[str]:
+        return {f.fn.__module__ + "." + f.fn.__name__ for f in app.fns.values() if f.fn}
+
+    locked, open_ = handlers(build(bench, locked=True)), handlers(build(bench))
+    assert locked < open_
+    missing = {name.rpartition(".")[2] for name in open_ - locked}
+    assert {"estimate", "switch", "add", "start", "stop", "resume", "take"} <= missing
+    assert not [name for name in locked if ".train." in name]
 
 
 class Page(HTMLParser):

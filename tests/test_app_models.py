@@ -94,7 +94,9 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_is_lost(
     session.edit("abba is", "xy")
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
-    assert "It does not fit." in models.estimate(session, str(folder), "")
+    said = models.estimate(session, str(folder), "")
+    assert "It does not fit." in said
+    assert "or open a smaller model" in said
     with pytest.raises(gr.Error, match="not enough memory, so nothing was opened"):
         switched(session, folder)
     assert session.bench.lm is session.shelf.first.lm
@@ -161,6 +163,29 @@ def test_an_editor_that_does_not_fit_is_refused_and_nothing_is_lost(
         models.choose(session, "mend")
     assert session.editor == "ft"
     assert len(session.bench.history) == 1
+
+
+def test_an_untrained_editor_is_refused_with_what_to_do_instead(session: Session, tmp_path: Path):
+    lm = session.bench.lm
+    save_editor(Mend(lm, MendConfig(rank=2, blocks=[-1])), tmp_path / "fresh", {})
+    with pytest.raises(gr.Error, match=r"never trained.*Train tab.*fine-tuning"):
+        models.add(session, str(tmp_path / "fresh"))
+    assert list(session.model.editors) == ["ft"]
+    assert models.choice(session)["info"] == models.UNTRAINED
+    begun = Session(Shelf(Workbench(lm, Mend(lm, MendConfig(rank=2, blocks=[-1])))))
+    assert begun.editor == "ft"
+    assert begun.edit("abba is", "xy").id == 1
+
+
+def test_an_editor_too_large_for_the_memory_is_refused(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = trained(tmp_path / "large", session.bench.lm)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    with pytest.raises(gr.Error, match=r"not enough memory for the editor in large"):
+        models.add(session, str(folder))
+    assert list(session.model.editors) == ["ft"]
 
 
 def test_an_editor_of_other_weights_comes_with_a_warning(session: Session, tmp_path: Path):

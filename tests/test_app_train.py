@@ -14,8 +14,9 @@ import pytest
 import torch
 from families import language_model
 
-from apps.editor import markup, models, runs, train
-from apps.editor.runs import Run, Runs, blocks_of
+from apps.editor import figures, markup, models, runs, train
+from apps.editor.run import ABOUT, Run
+from apps.editor.runs import Runs, blocks_of
 from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from workbench import EditorError, FineTune, FineTuneConfig, Mend, Workbench
@@ -114,7 +115,11 @@ def test_a_run_ends_and_its_editor_is_offered_to_all(session: Session, data: Pat
     assert other.edit("Item 3 is", "q").id == 1
     status, curves, start, stop, earlier, editor = train.show(other)
     assert "step 3 of 3" in status
-    assert len(curves["value"].data) > 0
+    assert json.loads(curves["value"].plot)["config"]["toImageButtonOptions"]["scale"] == 2
+    saved = Path(figures.as_page(other, "training-curves"))
+    assert saved.name == "training-curves.html"
+    assert "edit loss (nats)" in saved.read_text()
+    other.close()
     assert (start["interactive"], stop["interactive"]) == (True, False)
     assert earlier["choices"] == ["mine"]
     assert editor["value"] == "mine"
@@ -171,9 +176,9 @@ def test_a_run_of_a_killed_server_is_shown_and_resumed(
     gate.set()
     run = begin(session, data)
     wait(lambda: not run.live)
-    about = json.loads((run.folder / runs.ABOUT).read_text())
+    about = json.loads((run.folder / ABOUT).read_text())
     about |= {"state": "running", "training": about["training"] | {"steps": 5}}
-    (run.folder / runs.ABOUT).write_text(json.dumps(about))
+    (run.folder / ABOUT).write_text(json.dumps(about))
 
     later = Session(session.shelf, Runs(session.runs.folder))
     assert later.watched() is None
@@ -194,9 +199,9 @@ def test_a_run_of_another_living_server_is_left_to_it(session: Session, data: Pa
     run = begin(session, data, steps=1)
     wait(lambda: not run.live)
     parent = psutil.Process().ppid()
-    about = json.loads((run.folder / runs.ABOUT).read_text())
+    about = json.loads((run.folder / ABOUT).read_text())
     about |= {"state": "running", "server": [parent, psutil.Process(parent).create_time()]}
-    (run.folder / runs.ABOUT).write_text(json.dumps(about))
+    (run.folder / ABOUT).write_text(json.dumps(about))
     later = Session(session.shelf, Runs(session.runs.folder))
     assert "Another server" in train.watch(later, "mine")[0]
     with pytest.raises(gr.Error, match="Another server on this machine is at work on mine"):
@@ -229,7 +234,7 @@ def test_a_failed_run_says_why_and_offers_no_editor(
 def test_what_a_run_cannot_do_is_said_before_it_starts(session: Session, data: Path):
     data.write_text(data.read_text() + '{"case_id": 1}\n')
     for fields, message in (
-        ({}, "items.jsonl, record 21, field 'subject'"),
+        ({}, "items.jsonl, record 21, field 'subject'.*tick 'Leave out records"),
         ({"name": "../up"}, "no name for a run"),
         ({"name": " "}, "no name for a run"),
         ({"steps": None}, "Steps must be a whole number"),

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 from families import FAMILIES, tiny_tokenizer
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Download, Page, expect, sync_playwright
 
-from apps.editor_app import build, launch
+from apps.editor_app import MODEL, build, launch
 from workbench import FineTune, FineTuneConfig, Workbench, compare
 from workbench.corpus import EXAMPLES
 
@@ -101,6 +101,18 @@ def cell(page: Page, column: str):
     return row(page).locator(f'td[data-column="{column}"]')
 
 
+# What a screen reader has no name for, and the controls that the keyboard should come to.
+_VISIBLE = """[...document.querySelectorAll('button, input, textarea, summary, [role=tab]')]
+    .filter(part => part.checkVisibility({visibilityProperty: true}) && !part.disabled)"""
+UNNAMED = f"""() => {_VISIBLE}.filter(part => !(part.getAttribute('aria-label') || part.title
+    || part.innerText?.trim() || part.labels?.[0]?.innerText.trim())).map(part => part.outerHTML)"""
+CONTROLS = """() => [...document.querySelectorAll(`#prompt, #target, #edit, #compare, #undo,
+    #adapter, #session, #load, #history .switch, #history .title, #history .remove`)]
+    .map(part => part.id || part.className)"""
+FOCUSED = """() => { const part = document.activeElement; return part.id
+    || part.closest('#prompt, #target')?.id || part.className || part.parentElement.id; }"""
+
+
 def fill_form(page: Page) -> None:
     """Click the first example and wait until it stands in the form."""
     page.locator("#examples button").first.click()
@@ -116,7 +128,7 @@ def make_edit(page: Page) -> None:
 
 def test_an_example_is_edited_switched_and_undone(open_page: Callable[..., Page]):
     page = open_page()
-    expect(page.locator(".facts")).to_contain_text("editor ft")
+    expect(page.locator(".facts")).to_contain_text("editor Fine-tuning")
     make_edit(page)
     expect(cell(page, "After")).to_have_text(re.compile(rf"\s*{EXAMPLE.target}"))
     expect(cell(page, "After").locator("mark").first).to_be_visible()
@@ -172,6 +184,7 @@ def test_bad_input_is_answered_and_kept(open_page: Callable[..., Page]):
     prompt.fill("<img src=x onerror=alert(1)>")
     page.locator("#edit").click()
     expect(page.get_by_test_id("toast-body")).to_contain_text("target is empty")
+    expect(page.locator("#cancel")).to_be_hidden(timeout=15_000)
     expect(prompt).to_have_value("<img src=x onerror=alert(1)>")
     page.locator("#target textarea, #target input").fill("<b>bold</b>")
     page.locator("#edit").click()
@@ -189,6 +202,74 @@ def test_an_adapter_is_downloaded(open_page: Callable[..., Page]):
         page.locator("#adapter").click()
     assert download.value.suggested_filename == "adapter.zip"
     assert download.value.path().read_bytes()[:2] == b"PK"
+
+
+def test_figures_are_downloaded(open_page: Callable[..., Page]):
+    page = open_page(accept_downloads=True)
+    expect(page.locator(".welcome")).to_contain_text("four kinds of prompts")
+    make_edit(page)
+    page.get_by_role("tab", name="Update size").click()
+    expect(page.locator("#figures .js-plotly-plot:visible")).to_have_count(2)
+    names = []
+
+    def downloaded(download: Download) -> None:
+        names.append(download.suggested_filename)
+        head = download.path().read_bytes()[:15]
+        assert head.startswith(b"\x89PNG" if names[-1].endswith(".png") else b"<!doctype html>")
+
+    page.on("download", downloaded)
+    for kind, made in (
+        ("PNG", ["update-share.png", "update-size.png"]),
+        ("HTML", ["update-size.html"]),
+    ):
+        page.locator("#figures").get_by_role("button", name=f"Save as {kind}").click()
+        for _ in range(PATIENCE // 100):
+            if len(names) == len(made):
+                break
+            page.wait_for_timeout(100)
+        assert sorted(names) == made
+        names.clear()
+
+
+def test_what_waits_behind_others_is_cancelled(
+    open_page: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+):
+    gate, show = threading.Event(), compare._show
+
+    def held(*args) -> None:
+        show(*args)
+        assert gate.wait(PATIENCE / 1000)
+
+    monkeypatch.setattr(compare, "_show", held)
+    busy = [open_page() for _ in range(MODEL["concurrency_limit"])]
+    waiting = open_page()
+    for page in (*busy, waiting):
+        fill_form(page)
+        page.locator("#edit").click()
+        if page is not waiting:
+            expect(page.locator("#comparison .counts")).to_contain_text("writing")
+    waiting.locator("#cancel").click()
+    gate.set()
+    expect(waiting.get_by_test_id("toast-body")).to_contain_text("everything is as it was")
+    expect(waiting.locator("#cancel")).to_be_hidden()
+    expect(waiting.locator("#history")).to_contain_text("No edits yet")
+    for page in busy:
+        expect(page.locator("#history .entry")).to_have_count(1)
+
+
+def test_every_control_is_reached_by_the_keyboard_and_named(open_page: Callable[..., Page]):
+    page = open_page()
+    make_edit(page)
+    for tab in ("Edit", "Model", "Train"):
+        page.get_by_role("tab", name=tab, exact=True).click()
+        expect(page.get_by_role("tab", name=tab, exact=True)).to_be_focused()
+        assert page.evaluate(UNNAMED) == []
+    page.get_by_role("tab", name="Edit", exact=True).click()
+    left = page.evaluate(CONTROLS)
+    for _ in range(2 * len(left) + 20):
+        page.keyboard.press("Tab")
+        left = [name for name in left if name != page.evaluate(FOCUSED)]
+    assert left == []
 
 
 def test_a_cancelled_edit_leaves_the_table_as_it_was(

@@ -150,7 +150,7 @@ def test_the_table_fills_in_and_ends_as_without_watching(session: Session) -> No
     assert "Working" in parts[0][1]
     assert parts[0][2]["visible"] is True
     assert all("writing" in part[1] for part in parts[1:])
-    assert last[2]["visible"] is False
+    assert last[2]["visible"] == "hidden"
     assert "edit made" in last[1] or "edit not reached" in last[1]
     assert session.table == last[1]
 
@@ -170,7 +170,7 @@ def test_a_cancelled_edit_leaves_everything_as_it_was(
         parts = done.result()
     assert state(session) == before
     assert parts[-1][1] == session.table
-    assert parts[-1][2]["visible"] is False
+    assert parts[-1][2]["visible"] == "hidden"
     monkeypatch.undo()
     list(page.redo(session))
     assert len(session.bench.history) == 1
@@ -207,6 +207,17 @@ def test_one_users_cancel_does_not_stop_another(
     assert len(session.bench.history) == 1
     list(page.edit(other, "ft", *FORM))  # an old wish does not cancel what comes later
     assert len(other.bench.history) == 1
+
+
+def test_what_waits_for_its_turn_is_cancelled_before_it_begins(session: Session) -> None:
+    list(page.edit(session, "ft", *FORM))
+    before = state(session)
+    page.cancel(session, waiting=True)
+    parts = list(page.edit(session, "ft", *FORM))
+    assert state(session) == before
+    assert parts[-1][1] == session.table
+    list(page.edit(session, "ft", *FORM))  # the next one is not called off
+    assert len(session.bench.history) == 2
 
 
 def test_what_is_refused_restores_the_table(session: Session) -> None:

@@ -55,7 +55,7 @@ MAKERS: dict[str, Callable[[LanguageModel], Editor]] = {
     "ft_kl": untrained("ft_kl", max_steps=4, lr=1e-2, c_locality=1.0, texts=2, text_tokens=6),
     "lora": untrained("lora", max_steps=4, lr=1e-2, rank=2),
     "mend": mend,
-    "rome": untrained("rome", block=0, lr=50.0, clamp=400.0, prefixes=1, prefix_words=1, texts=10),
+    "rome": untrained("rome", block=0, lr=10.0, clamp=80.0, prefixes=1, prefix_words=1, texts=10),
 }
 FAMILIES = ("gpt2", "llama", "t5", "bert")
 REFUSED = {("rome", "t5"), ("rome", "bert")}
@@ -161,12 +161,8 @@ def test_the_proposal_names_the_layers_it_changes_and_the_rest_is_untouched(edit
 def test_several_requests_at_once_are_all_carried_out(editor: Editor):
     wanted = requests(editor)
     update = editor.propose(wanted).update
-    before = [nll(editor.lm, request) for request in wanted]
-    after = [nll(editor.lm, request, update) for request in wanted]
-    assert sum(after) < sum(before)
-    # ROME binds the subjects' last tokens; a random model mixes in what the others then say.
-    if editor.name != "rome":
-        assert all(a < b for a, b in zip(after, before, strict=True))
+    for request in wanted:
+        assert nll(editor.lm, request, update) < nll(editor.lm, request)
 
 
 def test_evaluation_measures_the_proposed_update(editor: Editor):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_tokenizer
 
+from workbench import memory
 from workbench.errors import ModelError
 from workbench.memory import MemoryEstimate, estimate_memory, size
 from workbench.models import Quantization, open_model
@@ -84,11 +85,25 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path):
 
 def test_what_is_free_is_the_systems_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = saved(tmp_path, "gpt2")
-    memory = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=1000))
     found = estimate_memory(folder, device="cpu")
     assert found.free == found.free_main == 1000
     assert not found.fits
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = saved(tmp_path / "model", "gpt2")
+    groups = tmp_path / "cgroup"
+    groups.mkdir()
+    monkeypatch.setattr(memory, "_CGROUPS", groups)
+    unlimited = estimate_memory(folder, device="cpu").free
+    (groups / "memory.current").write_text("5000\n")
+    (groups / "memory.stat").write_text("anon 4000\ninactive_file 700\nactive_file 300\n")
+    for limit, free in (("max", unlimited), ("6000", 1700), ("4000", 0)):
+        (groups / "memory.max").write_text(f"{limit}\n")
+        found = estimate_memory(folder, device="cpu").free
+        assert found == pytest.approx(free, rel=0.5 if limit == "max" else 0)
 
 
 ESTIMATE = MemoryEstimate("big", "cpu", "float32", 10, 40, 8, 0, 48, 48)

@@ -17,7 +17,7 @@ from families import language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench import plots
+from workbench import plots, style
 from workbench.editors import Editor, EditRequest, FineTune, FineTuneConfig, Mend, MendConfig
 from workbench.editors.base import gradient_factors
 from workbench.errors import EditError
@@ -317,7 +317,7 @@ def test_probabilities_are_the_comparisons_in_its_order():
         for x, y in zip(part["x"], part["y"], strict=True)
     }
     for place, row in enumerate(rows):
-        color = plots.KIND_COLORS.get(row.kind, plots.KIND_COLORS["other"])
+        color = style.KIND_COLORS.get(row.kind, style.KIND_COLORS["other"])
         assert shown["circle-open", place] == (row.base_probability, color)
         assert shown["circle", place] == (row.edited_probability, color)
     labels = {note["y"]: note["text"] for note in layout["annotations"]}
@@ -350,9 +350,9 @@ def test_figures_share_a_style_that_fits_any_page(make):
 
 
 def test_every_kind_and_matrix_has_its_own_colour():
-    assert set(plots.KIND_COLORS) == set(KINDS)
-    assert len(set(plots.KIND_COLORS.values())) == len(KINDS)
-    assert len(set(plots.MATRIX_COLORS)) == len(plots.MATRIX_COLORS)
+    assert set(style.KIND_COLORS) == set(KINDS)
+    assert len(set(style.KIND_COLORS.values())) == len(KINDS)
+    assert len(set(style.MATRIX_COLORS)) == len(style.MATRIX_COLORS)
 
 
 def luminance(color: str) -> float:
@@ -364,7 +364,7 @@ def luminance(color: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0b0f19"])
 def test_text_can_be_read_on_light_and_dark_pages(page):
-    low, high = sorted((luminance(page), luminance(plots.TEXT_COLOR)))
+    low, high = sorted((luminance(page), luminance(style.TEXT_COLOR)))
     assert (high + 0.05) / (low + 0.05) > 4
 
 
@@ -406,7 +406,7 @@ def test_labels_stay_on_one_short_line(prompt, target):
     rows = (compared(prompt * 60, target=target * 20),)
     _, layout = sent(plots.target_probabilities(Comparison(rows)))
     label = drawn(layout["annotations"][0]["text"])
-    assert len(label) <= len(" → ") + 48
+    assert len(label) <= len(" → ") + 44
     assert label[0] == prompt[0]
     assert label[-1] == target[-1]
 

@@ -34,6 +34,7 @@ LAYERS = (
     ("editors",),
     ("training", "trainer", "metrics", "probes", "results"),
     ("aggregate", "compare", "edit", "evaluate", "session", "sessionfile"),
+    ("style",),
     ("plots", "tables"),
     ("widgets",),
     ("commands", "__main__", "__init__"),

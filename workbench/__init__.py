@@ -3,7 +3,14 @@
 from workbench.data import EditExample, Statement
 from workbench.edit import Edit
 from workbench.editors import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig
-from workbench.errors import DataError, EditError, EditorError, ModelError, WorkbenchError
+from workbench.errors import (
+    DataError,
+    EditError,
+    EditorError,
+    FigureError,
+    ModelError,
+    WorkbenchError,
+)
 from workbench.memory import MemoryEstimate, estimate_memory
 from workbench.models import LanguageModel, open_model
 from workbench.overlay import EditStack, overlay
@@ -24,6 +31,7 @@ __all__ = [
     "EditStack",
     "EditTrace",
     "EditorError",
+    "FigureError",
     "FineTune",
     "FineTuneConfig",
     "LanguageModel",

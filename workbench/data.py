@@ -93,6 +93,18 @@ class Dataset(Sequence[EditExample]):
         return self.examples[index]
 
 
+class UnreadableRecord(DataError):
+    """A malformed record.
+
+    Args:
+        record: Where it stands and what is wrong with it.
+    """
+
+    def __init__(self, record: BadRecord) -> None:
+        super().__init__(f"{record}; skip_bad=True lists such records and goes on")
+        self.record = record
+
+
 def split_of(subject: str) -> str:
     """Split of a subject, the same in every data set: 10% holdout, 10% dev, the rest train.
 
@@ -194,7 +206,7 @@ def _examples(spec: str, skipped: list[BadRecord], skip_bad: bool) -> Iterator[E
         except readers.FieldError as error:
             bad = BadRecord(file=path, line=line, field=error.field, message=str(error))
             if not skip_bad and not isinstance(error, readers.NotAnEdit):
-                raise DataError(f"{bad}; skip_bad=True lists such records and goes on") from None
+                raise UnreadableRecord(bad) from None
             skipped.append(bad)
         else:
             yield replace(example, id=example.id or f"{source}#{line}", source=source)

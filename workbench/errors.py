@@ -23,3 +23,7 @@ class Cancelled(WorkbenchError):
 
 class EditError(WorkbenchError):
     """An edit request cannot be carried out; nothing has been changed."""
+
+
+class FigureError(WorkbenchError):
+    """A figure cannot be written as asked."""

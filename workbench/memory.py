@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from workbench.models import (
 
 # Bytes of a quantised weight; 4-bit ones have a float32 scale for each 64.
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+_CGROUPS = Path("/sys/fs/cgroup")  # version 2
 _ROWS, _TOKENS = 32, 64  # of a comparison: 16 prompts under both models, and their continuations
 
 
@@ -88,12 +90,16 @@ class MemoryEstimate:
             ModelError: It does not; the message says what it needs and what there is.
         """
         if not self.fits:
-            smaller = [name for name in _QUANTIZED if _QUANTIZED[name] < self._bytes_each]
-            ways = f"hold its weights in {' or '.join(smaller)}, " if smaller else ""
             raise ModelError(
-                f"There is not enough memory, so nothing was opened. {self} Free some, {ways}or "
-                f"open a smaller model."
+                f"There is not enough memory, so nothing was opened. {self} {self.advice}"
             )
+
+    @property
+    def advice(self) -> str:
+        """What to do where it does not fit."""
+        smaller = [name for name in _QUANTIZED if _QUANTIZED[name] < self._bytes_each]
+        ways = f"hold its weights in {' or '.join(smaller)}, " if smaller else ""
+        return f"Free some, {ways}or open a smaller model."
 
     @property
     def _bytes_each(self) -> float:
@@ -136,7 +142,7 @@ def estimate_memory(
     else:
         shape, dtype = _shape(name, location, dtype, device)
     each = _QUANTIZED.get(quantize or "", dtype.itemsize)
-    free_main = psutil.virtual_memory().available
+    free_main = _free_main()
     return MemoryEstimate(
         source=name,
         device=str(device),
@@ -147,7 +153,7 @@ def estimate_memory(
         working=_ROWS * (_TOKENS * shape.cache * dtype.itemsize + 3 * 4 * shape.vocabulary)
         + 4 * shape.largest,
         unpacking=unpacking,
-        free=_free(device, free_main),
+        free=free_on(device),
         free_main=free_main,
     )
 
@@ -219,12 +225,36 @@ def _gguf_shape(file: Path) -> _Shape:
     return _Shape(sum(counts.values()), linear, max(counts.values()), cache, vocabulary)
 
 
-def _free(device: torch.device, free_main: int) -> int:
+def free_on(device: torch.device) -> int:
     """Bytes free on a device; what PyTorch holds there unused counts as free."""
     if device.type != "cuda":
-        return free_main
+        return _free_main()
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+def _free_main() -> int:
+    """Bytes of main memory that are free: of the machine, or of the container where it has less."""
+    free = psutil.virtual_memory().available
+    own = _CGROUPS / _own_group()
+    for group in (own, *own.parents):
+        if not group.is_relative_to(_CGROUPS):
+            break
+        try:
+            limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+            stat = (group / "memory.stat").read_text()
+        except (OSError, ValueError):  # no limit here
+            continue
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # given back when needed
+        free = min(free, max(0, limit - used + int(cached[1] if cached else 0)))
+    return free
+
+
+def _own_group() -> str:
+    try:
+        return Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return ""
 
 
 def size(count: float) -> str:

@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import html
 import math
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
-from unicodedata import east_asian_width
 
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseFigure
 
-from workbench.errors import EditError
-from workbench.probes import KINDS
-from workbench.results import (
-    Comparison,
-    EditTrace,
-    LayerTrace,
-    Overlap,
-    PromptComparison,
-)
+from workbench.errors import EditError, FigureError
+from workbench.results import Comparison, EditTrace, LayerTrace, Overlap, PromptComparison
+from workbench.style import KIND_COLORS, MATRIX_COLORS, TEMPLATE, cut, plain, styled, wrapped
 
 Factor = Literal["activation", "delta", "pseudoactivation", "pseudodelta"]
-
-# The palette of Okabe and Ito, which colour-blind readers tell apart. Kinds: warm where an edit
-# should act, cool where it should not.
-_OF_KINDS = ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#8A8A8A")
-KIND_COLORS: dict[str, str] = dict(zip(KINDS, _OF_KINDS, strict=True))
-MATRIX_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-TEXT_COLOR = "#767676"  # as legible on white as on near-black
-
-_CLEAR, _FAINT = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
-_AXIS = {"automargin": True, "zeroline": False, "gridcolor": _FAINT, "title": {"standoff": 6}}
-_FONT = {"family": "system-ui, sans-serif", "size": 12, "color": TEXT_COLOR}
-_SCALE = {"orientation": "h", "xanchor": "left", "yanchor": "bottom", "thickness": 8, "ypad": 4}
-_HOVER = {"hoverinfo": "text"}
-_HEAT = _HOVER | {"colorscale": "Viridis", "colorbar": _SCALE, "xgap": 1, "ygap": 1}
-TEMPLATE = go.layout.Template(
-    data={"heatmap": [_HEAT], "bar": [_HOVER], "scatter": [_HOVER | {"cliponaxis": False}]},
-    layout={
-        "font": _FONT,
-        "paper_bgcolor": _CLEAR,
-        "plot_bgcolor": _CLEAR,
-        "margin": {"l": 8, "r": 20, "t": 8, "b": 8},
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-        "showlegend": True,
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
-        "hoverlabel": {"align": "left", "bgcolor": "#222", "font": _FONT | {"color": "#F5F5F5"}},
-        "modebar": {"color": TEXT_COLOR},
-        "dragmode": False,  # a finger on the figure scrolls the page
-    },
-)
 
 _SYMBOLS = {"activation": "‖u‖", "delta": "‖δ‖", "pseudoactivation": "‖ũ‖", "pseudodelta": "‖δ̃‖"}
 # A training run's measures: panel, title, colour, dash.
@@ -63,7 +27,8 @@ _CURVES = {
     "success": (3, "edit success", "#009E73", "solid"),
 }
 _DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
-_SIGNS = {"\n": "↵", "\t": "⇥"} | {c: c for c in "\u3000\u200c\u200d"}
+_PICTURES = (".png", ".svg", ".pdf")
+_WIDTH = 900  # pixels, of a picture
 _ROW, _BAR, _FOOT = 20, 76, 90  # pixels: one layer, the scale above a panel, the tokens below
 
 
@@ -97,7 +62,7 @@ def update_magnitudes(trace: EditTrace, *, relative: bool = False) -> go.Figure:
     names = _layer_names(trace)
     blocks = list(dict.fromkeys(block for block, _ in names))
     figure = go.Figure()
-    for matrix, color in _styles((matrix for _, matrix in names), MATRIX_COLORS).items():
+    for matrix, color in styled((matrix for _, matrix in names), MATRIX_COLORS).items():
         chosen = {names[i][0]: la for i, la in enumerate(trace.layers) if names[i][1] == matrix}
         norms = [la.relative_norm if relative else la.update_norm for la in chosen.values()]
         hovers = [_layer_hover(layer) for layer in chosen.values()]
@@ -111,8 +76,8 @@ def spectra(trace: EditTrace) -> go.Figure:
     """Singular values of every layer's update: how many directions an edit uses, how strongly."""
     names = _layer_names(trace)
     longest = max(len(layer.spectrum) for layer in trace.layers)
-    dashes = _styles((block for block, _ in names), _DASHES)
-    colors = _styles((matrix for _, matrix in names), MATRIX_COLORS)
+    dashes = styled((block for block, _ in names), _DASHES)
+    colors = styled((matrix for _, matrix in names), MATRIX_COLORS)
     figure = go.Figure()
     for (block, matrix), layer in zip(names, trace.layers, strict=True):
         figure.add_scatter(
@@ -139,10 +104,10 @@ def overlaps(overlap: Overlap) -> go.Figure:
     """
     if not overlap.titles:
         raise EditError("There are no edits to compare: make one, or better two.")
-    names = [_plain(_cut(title, 28)) for title in overlap.titles]
+    names = [plain(cut(title, 28)) for title in overlap.titles]
     hovers = [
         [
-            f"{_wrapped(a)}<br>{_wrapped(b)}<br>cosine {cosine:.6g}"
+            f"{wrapped(a)}<br>{wrapped(b)}<br>cosine {cosine:.6g}"
             for b, cosine in zip(overlap.titles, row, strict=True)
         ]
         for a, row in zip(overlap.titles, overlap.cosines, strict=True)
@@ -159,7 +124,7 @@ def overlaps(overlap: Overlap) -> go.Figure:
         hovertext=hovers,
         text=[[f"{cosine:.2f}" for cosine in row] for row in overlap.cosines],
         texttemplate="%{text}",
-        colorbar={"title": heading, "y": 1, "tickvals": [-1, 0, 1]},
+        colorbar={"title": heading, "x": 0, "y": 1, "tickvals": [-1, 0, 1]},
     )
     figure.update_xaxes(type="category", showgrid=False, tickangle=-30)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
@@ -190,8 +155,8 @@ def target_probabilities(comparison: Comparison) -> go.Figure:
     figure.update_xaxes(title=title, range=[-0.02, 1.02], tickvals=[0, 0.25, 0.5, 0.75, 1])
     figure.update_yaxes(visible=False, range=[len(rows) - 0.5, -0.8])
     for y, row in enumerate(rows):
-        target = _cut(row.target or "", 14)
-        text = _plain(f"{_cut(row.prompt, 48 - len(target))} → {target}")
+        target = cut(row.target or "", 14)
+        text = plain(f"{cut(row.prompt, 44 - len(target))} → {target}")
         figure.add_annotation(x=0, y=y, text=text, xanchor="left", yshift=15, showarrow=False)
     return figure.update_layout(template=TEMPLATE, height=110 + 44 * len(rows))
 
@@ -246,6 +211,46 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> go.Figure:
     return figure.update_layout(axes, height=520)
 
 
+def save(figure: BaseFigure, path: str | Path, *, scale: float = 2.0) -> Path:
+    """Write a figure: .html, interactive and whole without a network; or .png, .svg, .pdf.
+
+    Args:
+        figure: Of this module or of a widget; pictures have a transparent ground.
+        path: Its ending says which. Pictures need the extra 'png' (kaleido) and Chrome or Chromium.
+        scale: Of a .png: 2 gives two dots for each of the figure's pixels.
+
+    Raises:
+        FigureError: The ending is another, or pictures cannot be drawn here.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".html":
+        figure.write_html(path, include_plotlyjs=True)
+        return path
+    if kind not in _PICTURES:
+        raise FigureError(
+            f"A figure cannot be written as {path.name!r}: let the name end in .html, "
+            f"{', '.join(_PICTURES)}."
+        )
+    if not find_spec("kaleido"):
+        raise FigureError(
+            f"{path.name} needs the package kaleido (pip install kaleido) and Chrome or Chromium. "
+            f"Without them write .html; its camera button makes a PNG in the browser."
+        )
+    kaleido, layout = import_module("kaleido"), figure["layout"]
+    options = {"format": kind[1:], "scale": scale, "height": layout["height"]}
+    options["width"] = layout["width"] or _WIDTH
+    try:  # as it is: mathematics would be asked for on the web
+        drawn = kaleido.calc_fig_sync(figure, options, kopts={"mathjax": False})
+    except Exception as error:  # of a browser that is not there, or will not start
+        raise FigureError(
+            f"{path.name} cannot be drawn: {error!r}. It takes Chrome or Chromium, on the PATH or "
+            f"named in $BROWSER_PATH; or write .html."
+        ) from error
+    path.write_bytes(drawn)
+    return path
+
+
 def _heatmaps(trace: EditTrace, factors: Sequence[Factor], columns: int) -> go.Figure:
     """Panels in reading order over shared axes: tokens, and layers with the lowest at the foot."""
     rows, panel = len(factors) // columns, _ROW * len(trace.layers)
@@ -255,7 +260,7 @@ def _heatmaps(trace: EditTrace, factors: Sequence[Factor], columns: int) -> go.F
     # plotly leaves out labels that find no room.
     longest = max(len(trace.tokens), len(trace.answers))
     tokens = [str(place) for place in range(longest)]
-    words = [_plain(_cut(text.lstrip(" ") or "␣" * len(text) or "∅", 14)) for text in trace.tokens]
+    words = [plain(cut(text.lstrip(" ") or "␣" * len(text) or "∅", 14)) for text in trace.tokens]
     bold = [f"<b>{w}</b>" if p else w for w, p in zip(words, trace.predicts, strict=True)]
     layers = [" ".join(name) for name in _layer_names(trace)]
     heats = [_heat(trace, factor) for factor in factors]
@@ -292,7 +297,7 @@ def _heat(trace: EditTrace, factor: Factor) -> dict[str, Any]:
     known = [value for row in logs for value in row if value is not None] or [0.0]
     ticks = sorted({min(known), (min(known) + max(known)) / 2, max(known)})
     side = "after" if factor.startswith("pseudo") else "before"
-    title = f"{factor} {_SYMBOLS[factor]}<br>{side} the editor (log)"
+    title = f"{factor} {_SYMBOLS[factor]}<br>{side} (log scale)"
     shown = [f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in (10**tick for tick in ticks)]
     heading = {"text": title, "side": "top", "font_size": 11}
     colorbar = {"title": heading, "tickvals": ticks, "ticktext": shown}
@@ -310,9 +315,9 @@ def _cell_hovers(trace: EditTrace, layer: LayerTrace, factor: Factor) -> list[st
     for i, norm in enumerate(norms):
         lines = [f"{layer.stack} position {i + 1}"]
         if not own:
-            lines = [f"token {i + 1}: <b>{_plain(tokens[i].replace(' ', '␣') or '∅')}</b>"]
+            lines = [f"token {i + 1}: <b>{plain(tokens[i].replace(' ', '␣') or '∅')}</b>"]
         if predicts[i]:
-            lines += [f"predicts <b>{_plain(predicts[i].replace(' ', '␣'))}</b>"]
+            lines += [f"predicts <b>{plain(predicts[i].replace(' ', '␣'))}</b>"]
         lines += [layer.name, f"{_SYMBOLS[factor]} = {norm:.6g}"]
         lines += [f"cosine with the raw {raw}: {cosines[i]:.4f}"] if cosines else []
         found.append("<br>".join(lines))
@@ -340,16 +345,16 @@ def _dumbbells(figure: go.Figure, kind: str, rows: dict[int, PromptComparison]) 
     ring = points | {"x": before, "marker": {"color": color, "size": 14, "symbol": "circle-open"}}
     disc = points | {"x": after, "marker": {"color": color, "size": 9, "symbol": "circle"}}
     for part in (between, ring, disc):
-        figure.add_scatter(**part, name=_plain(kind), legendgroup=kind, showlegend=part is disc)
+        figure.add_scatter(**part, name=plain(kind), legendgroup=kind, showlegend=part is disc)
 
 
 def _prompt_hover(row: PromptComparison) -> str:
-    lines = [f"<b>{_plain(row.kind)}</b>", _wrapped(f"{row.prompt} → {row.target}")]
+    lines = [f"<b>{plain(row.kind)}</b>", wrapped(f"{row.prompt} → {row.target}")]
     for name, p, text in (
         ("before", row.base_probability, row.base_text),
         ("after", row.edited_probability, row.edited_text),
     ):
-        lines += [f"{name}: p = {p:.6g}" if p is not None else name, _wrapped(f"“{text}”")]
+        lines += [f"{name}: p = {p:.6g}" if p is not None else name, wrapped(f"“{text}”")]
     return "<br>".join([*lines, f"KL(before ‖ after) of the next token: {row.divergence:.6g} nats"])
 
 
@@ -373,28 +378,3 @@ def _layer_names(trace: EditTrace) -> list[tuple[str, str]]:
         alone = next(n for n in lengths if sum(p[-n:] == path[-n:] for p in peers) == 1)
         found.append((block, ".".join(path[-alone:])))
     return found
-
-
-def _styles(keys: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(keys), cycle(styles), strict=False))
-
-
-def _visible(text: str) -> str:
-    return "".join(_SIGNS.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in text)
-
-
-def _plain(text: str) -> str:
-    """A text as plotly shows it unchanged: plotly reads HTML, and TeX between dollars."""
-    return html.escape(_visible(text), quote=False).replace("$", "&#36;")
-
-
-def _cut(text: str, width: int) -> str:
-    """At most `width` columns of a text, its middle left out."""
-    width //= 1 + any(east_asian_width(c) in "WF" for c in text)
-    head = width // 3
-    return text if len(text) <= width else f"{text[:head]}…{text[head + 1 - width :]}"
-
-
-def _wrapped(text: str) -> str:
-    lines = textwrap.wrap(_visible(text), 44, max_lines=8, placeholder=" …")
-    return "<br>".join(map(_plain, lines))

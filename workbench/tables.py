@@ -9,8 +9,8 @@ from difflib import SequenceMatcher
 from html import escape
 from pathlib import Path
 
-from workbench.plots import KIND_COLORS
 from workbench.results import Comparison, PromptComparison
+from workbench.style import KIND_COLORS
 
 CSS = Path(__file__).with_suffix(".css")
 KINDS = {

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -266,6 +267,18 @@ class _Figure(_Panel):
         self.choice.value = chosen
         self._listing = False
         self._draw()
+
+    def save(self, path: str | Path, *, scale: float = 2.0) -> Path:
+        """Write the figure as it is shown: .html, .png, .svg or .pdf (see `plots.save`).
+
+        Raises:
+            EditError: No edit is shown.
+            FigureError: It cannot be written so.
+        """
+        content = self.children[-1]
+        if not isinstance(content, go.FigureWidget):
+            raise EditError("There is no figure to save: make an edit first.")
+        return plots.save(content, path, scale=scale)
 
     def still(self) -> dict[str, Any]:
         content = self.children[-1]

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from apps.editor.runs import Run
+from apps.editor.run import Run
+from apps.editor.shelf import LABELS
 from workbench import Edit, Workbench
 from workbench.memory import MemoryEstimate
 from workbench.results import HistoryEntry
-from workbench.tables import placeholder
+from workbench.style import KIND_COLORS
+from workbench.tables import KINDS, placeholder
 
 # Clicks in the history become one event, `act`, that names the action, the edit and a value.
 HISTORY_SCRIPT = """
@@ -42,7 +44,7 @@ def header(bench: Workbench, editor: str) -> str:
         "dtype": str(lm.dtype).removeprefix("torch."),
         "weights": lm.quantization,
         "memory": f"{lm.model.get_memory_footprint() / 2**20:,.0f} MiB",
-        "editor": editor,
+        "editor": LABELS.get(editor, editor),
         "edits": f"{len(layers)} matrices in block{'s' * (',' in blocks)} {blocks}",
     }
     items = "".join(
@@ -81,6 +83,30 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+WELCOME = {
+    "edit": "is what you type: the model should now say the target.",
+    "equivalent": "ask the same in other words: they should follow.",
+    "neighbor": "ask the like of other subjects, or more of this one: they should stay.",
+    "unrelated": "have nothing to do with it: they should stay.",
+}
+
+
+def welcome() -> str:
+    """What will be seen, before there is anything to see."""
+    kinds = "".join(
+        f'<li style="--kind: {KIND_COLORS[kind]}"><b>{KINDS[kind][0]}</b> {text}</li>'
+        for kind, text in WELCOME.items()
+    )
+    return (
+        '<div class="welcome"><p><b>Choose an example or type an edit, then press Edit.</b> In '
+        "a few seconds you see here what the model says before and after it, word by word, "
+        f"for four kinds of prompts:</p><ul>{kinds}</ul><p>Below them: every edit, to switch off, "
+        "weaken, strengthen, remove or undo; and <b>why</b> it works: the gradient's factors by "
+        "layer and token, the size of each layer's update, its spectrum, its overlap with other "
+        "edits.</p></div>"
+    )
+
+
 def busy(table: str) -> str:
     """What was there, dimmed, while something is being done."""
     return f'<p class="empty" role="status">Working …</p><div class="stale">{table}</div>'
@@ -91,6 +117,7 @@ def memory(estimate: MemoryEstimate, note: str = "") -> str:
     share = min(1.0, estimate.needed / max(1, estimate.free))
     mood = "good" if estimate.fits else "bad"
     verdict = "It fits." if estimate.fits else "It does not fit."
+    note = note or ("" if estimate.fits else estimate.advice)
     return (
         f'<div class="memory" role="status"><div class="meter {mood}" aria-hidden="true">'
         f'<i style="width: {share:.1%}"></i></div><p><b class="{mood}">{verdict}</b> '
@@ -159,7 +186,8 @@ def _entry(entry: HistoryEntry, shown: bool) -> str:
         f"</button><label>strength "
         f'<input type="range" min="{min(0, entry.strength)}" max="{max(2, entry.strength)}" '
         f'step="0.05" value="{entry.strength}" '
-        f'data-action="strength" aria-label="Strength of edit {entry.id}">'
+        f'data-action="strength" aria-label="Strength of edit {entry.id}" '
+        f'title="0: not at all, 1: as made, above 1: more">'
         f"<output>{entry.strength:.2f}</output></label>"
         f'<button class="remove" data-action="remove" aria-label="Remove edit {entry.id}">✕'
         f"</button></div>"

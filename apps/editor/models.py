@@ -9,12 +9,19 @@ import gradio as gr
 
 from apps.editor import markup, page
 from apps.editor.sessions import SCREEN, Session, guarded, readable
+from apps.editor.shelf import LABELS
 from workbench import EditorError
 from workbench.models import Quantization
 from workbench.tables import placeholder
 
-LABELS = {"mend": "MEND (gated)", "mend-linear": "MEND (linear)", "ft": "Fine-tuning"}
 WEIGHTS: list[tuple[str, str]] = [("Full", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
+
+
+GATES = "A gate keeps edits from unrelated texts; without one they export as LoRA adapters."
+UNTRAINED = (
+    "There is no trained editor for this model yet: edits are made by fine-tuning, which is slower "
+    "and reaches further. Training makes one."
+)
 
 
 def choice(session: Session) -> dict[str, Any]:
@@ -23,7 +30,7 @@ def choice(session: Session) -> dict[str, Any]:
     return {
         "choices": [(LABELS.get(name, name), name) for name in names],
         "value": session.editor,
-        "visible": len(names) > 1,
+        "info": GATES if len(names) > 1 else UNTRAINED,
     }
 
 

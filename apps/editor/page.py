@@ -13,13 +13,16 @@ from typing import Any
 import gradio as gr
 
 from apps.editor import markup
+from apps.editor.figures import shown
 from apps.editor.sessions import Session, guarded, streamed
+from apps.editor.shelf import LABELS
 from workbench import Comparison, Edit, EditError, Probe, Workbench, WorkbenchError, plots, tables
 from workbench.corpus import EXAMPLES
 from workbench.errors import Cancelled
 from workbench.probes import LISTED, as_lines, read_form, suggest
 
 SESSION_FILE = "session.safetensors"
+INSIDE = ("factors", "update-size", "update-share", "spectrum")  # an edit's figures
 MOST_BYTES = 2**31  # of an unpacked session
 
 # `screen` gives the values of the components that show a session, `form` those of the
@@ -47,7 +50,11 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
             comparison, table = Comparison(()), tables.placeholder(str(error))
         else:
             seconds = time.perf_counter() - start
-            note += f"{len(comparison.rows)} prompts compared in {seconds:.1f} s"
+            missed = [row for row in comparison.of_kind("edit") if not row.free_running]
+            hint = ". Not reached: raise its strength, or choose another editor" if note else ""
+            note += (
+                f"{len(comparison.rows)} prompts compared in {seconds:.1f} s{hint * len(missed)}"
+            )
             table = tables.comparison_table(comparison, note)
         if any(row.target for row in comparison.rows):
             figure = plots.target_probabilities(comparison)
@@ -55,14 +62,14 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
     return (
         session,
         table,
-        gr.update(visible=False),
+        gr.update(visible="hidden"),
         markup.history_list(bench.history, session.shown),
         gr.update(interactive=bench.can_undo),
         gr.update(interactive=bench.can_redo),
         gr.update(interactive=bool(bench.update)),
         gr.update(interactive=bool(bench.edits)),
         gr.update(visible=bool(session.probes)),
-        figure,
+        shown(session, "probabilities", figure),
         *_inside(session, edit),
         _overlap(session),
     )
@@ -74,15 +81,16 @@ def _inside(session: Session, edit: Edit | None) -> tuple[Any, ...]:
         return (gr.skip(),) * 5
     session.drawn = (edit,)
     trace = edit.trace if edit else None
-    if edit is None or trace is None:
-        return markup.figures_title(edit), None, None, None, None
-    return (
-        markup.figures_title(edit),
-        plots.factor_panels(trace),
-        plots.update_magnitudes(trace),
-        plots.update_magnitudes(trace, relative=True),
-        plots.spectra(trace),
-    )
+    made: dict[str, Any] = dict.fromkeys(INSIDE)
+    if trace is not None:
+        figures = (
+            plots.factor_panels(trace),
+            plots.update_magnitudes(trace),
+            plots.update_magnitudes(trace, relative=True),
+            plots.spectra(trace),
+        )
+        made = dict(zip(INSIDE, figures, strict=True))
+    return markup.figures_title(edit), *(shown(session, *item) for item in made.items())
 
 
 def _overlap(session: Session) -> Any:
@@ -91,7 +99,7 @@ def _overlap(session: Session) -> Any:
     if ids == session.overlapping:
         return gr.skip()
     session.overlapping = ids
-    return plots.overlaps(session.bench.overlap()) if ids else None
+    return shown(session, "overlap", plots.overlaps(session.bench.overlap()) if ids else None)
 
 
 @streamed(extra=len(LISTED))
@@ -110,7 +118,7 @@ def edit(
     made = session.edit(prompt, target, editor)
     lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
     session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
-    shown = screen(session, f"edited by {editor} in {made.seconds:.2f} s, ")
+    shown = screen(session, f"edited by {LABELS.get(editor, editor)} in {made.seconds:.2f} s, ")
     return *shown, *filled
 
 
@@ -173,8 +181,14 @@ def _show(session: Session, edit: Edit) -> tuple[str, ...]:
     return form(prompt, target, session.probes)
 
 
-def cancel(session: Session) -> None:
-    """Call off what this session is doing; other sessions go on."""
+def cancel(session: Session, waiting: bool = False) -> None:
+    """Call off what this session is doing; other sessions go on.
+
+    Args:
+        session: Whose.
+        waiting: It has not begun: others' work goes before it.
+    """
+    session.refused = waiting
     session.cancelled.set()
 
 

@@ -17,14 +17,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gradio as gr
+from plotly.basedatatypes import BaseFigure
 
-from apps.editor.markup import busy
-from apps.editor.runs import Run, Runs
+from apps.editor.markup import busy, welcome
+from apps.editor.run import Run
+from apps.editor.runs import Runs
 from apps.editor.shelf import OpenModel, Shelf
 from workbench import Comparison, Edit, EditError, EditorError, Probe, Workbench, WorkbenchError
-from workbench.cancel import cancellable
+from workbench.cancel import cancellable, checkpoint
 from workbench.errors import Cancelled
-from workbench.tables import comparison_table, placeholder
+from workbench.tables import comparison_table
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +54,9 @@ class Session:
         self.lock = threading.RLock()
         self.cancelled = threading.Event()  # asked for, of the action that runs
         self.watch: Callable[[Comparison], object] | None = None  # of that action's comparison
-        self.table = placeholder("Choose an example or type an edit, then press Edit.")
+        self.refused = False  # the action that waits for its turn, if one does
+        self.figures: dict[str, BaseFigure] = {}  # on the screen, by name
+        self.table = welcome()
         self._files: TemporaryDirectory[str] | None = None
         self.use(shelf.first)
 
@@ -154,12 +158,15 @@ class Session:
             self.watch = watch
             try:
                 with cancellable(self.cancelled.is_set):
+                    if self.refused:
+                        self.cancelled.set()
+                    checkpoint()
                     yield
             except Cancelled:
                 self.bench, self.editor, self.shown, self.probes, self.probes_of = kept
                 raise
             finally:
-                self.watch = None
+                self.watch, self.refused = None, False
 
 
 def streamed(
@@ -181,7 +188,9 @@ def streamed(
         def run(session: Session, *args: P.args, **kwargs: P.kwargs) -> Iterator[tuple[Any, ...]]:
             def showing(table: str, running: bool) -> tuple[Any, ...]:
                 rest = (gr.skip(),) * (SCREEN - 3 + extra)
-                return gr.skip(), table, gr.update(visible=running), *rest
+                if running:
+                    table = f"<i data-running hidden></i>{table}"
+                return gr.skip(), table, gr.update(visible=running or "hidden"), *rest
 
             def work() -> tuple[Any, ...]:
                 with session.whole(rows.put):

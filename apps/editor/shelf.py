@@ -12,10 +12,12 @@ from weakref import WeakSet
 
 import torch
 
-from workbench import FineTune, LanguageModel, ModelError, Workbench, open_model
+from workbench import EditorError, FineTune, LanguageModel, ModelError, Workbench, open_model
 from workbench.editors import SHIPPED, Editor, editor_source, load_editor, open_editor
-from workbench.memory import MemoryEstimate, estimate_memory
+from workbench.memory import MemoryEstimate, estimate_memory, free_on, size
 from workbench.models import DEFAULT_MODEL, Quantization
+
+LABELS = {"mend": "MEND (gated)", "mend-linear": "MEND (linear)", "ft": "Fine-tuning"}
 
 
 @dataclass(eq=False)
@@ -47,17 +49,35 @@ class OpenModel:
             Its name, and what must be said of it; "" if nothing.
 
         Raises:
-            EditorError: No editor there, or it does not fit the model.
+            EditorError: No editor there, it does not fit the model or the memory, or it was
+                never trained.
         """
         folder = Path(folder).expanduser().resolve()
+        self._check_memory(folder)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             editor = load_editor(folder, self.lm)
+        if not editor.trained:
+            raise EditorError(
+                f"The editor in {folder.name} was never trained: what it writes would mean "
+                f"nothing, so it was not opened. Train one on the Train tab, open a trained one, "
+                f"or edit by fine-tuning."
+            )
         name = folder.name
         while name in self.editors and getattr(self.editors[name], "folder", "") != str(folder):
             name += "'"
         self.editors[name] = editor
         return name, " ".join(str(w.message) for w in caught if w.category is UserWarning)
+
+    def _check_memory(self, folder: Path) -> None:
+        file = folder / "editor.safetensors"
+        # Half a number's size in the file, whole in memory.
+        needed, free = 2 * file.stat().st_size if file.exists() else 0, free_on(self.lm.device)
+        if needed > free:
+            raise EditorError(
+                f"There is not enough memory for the editor in {folder.name}: it needs about "
+                f"{size(needed)} on {self.lm.device}, and {size(free)} are free."
+            )
 
 
 class Shelf:
@@ -71,8 +91,10 @@ class Shelf:
     def __init__(self, bench: Workbench, most: int = 3) -> None:
         chosen = Path(editor_source(bench.editor)).name
         editors = _editors(bench.lm)
-        editors.pop(chosen, None)
-        self.first = OpenModel(bench.lm, {**editors, chosen: bench.editor})
+        if getattr(bench.editor, "trained", True):
+            editors.pop(chosen, None)
+            editors[chosen] = bench.editor
+        self.first = OpenModel(bench.lm, editors)
         self.most = most
         self._device = str(bench.lm.device)
         self._open = {_key(bench.lm.source, bench.lm.quantization): self.first}

@@ -8,8 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from apps.editor import layout as parts
 from apps.editor import markup, models
-from apps.editor.runs import EDITING, TRAINING, Run, blocks_of
+from apps.editor.figures import shown
+from apps.editor.run import Run
+from apps.editor.runs import EDITING, TRAINING, blocks_of
 from apps.editor.sessions import Session, guarded
 from workbench import DataError, EditorError, plots
 from workbench.data import FORMATS
@@ -100,6 +103,7 @@ def layout() -> dict[str, Any]:
                 "share of edits that a paraphrase follows to the letter."
             )
             tab["curves"] = gr.Plot(show_label=False, visible=False, elem_id="run-curves")
+            tab["saving"] = parts.saving()
     return tab
 
 
@@ -115,7 +119,12 @@ def show(session: Session) -> tuple[Any, ...]:
     has_steps = any("total" in record for record in records)
     return (
         markup.run_status(run),
-        gr.update(value=plots.training_curves(records) if has_steps else None, visible=has_steps),
+        gr.update(
+            value=shown(
+                session, "training-curves", plots.training_curves(records) if has_steps else None
+            ),
+            visible=has_steps,
+        ),
         gr.update(interactive=not live),
         gr.update(interactive=live),
         gr.update(choices=names, value=run.name if run and run.name in names else None),

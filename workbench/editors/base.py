@@ -168,6 +168,11 @@ class TrainableEditor(nn.Module, ABC):
     def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
         """Make an untrained editor from its settings as JSON values."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether it has learnt anything; the edits of one that has not are noise."""
+        return True
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -243,6 +243,12 @@ class Mend(TrainableEditor):
         self.to(lm.device)
 
     @property
+    def trained(self) -> bool:
+        """Whether every network has gathered the statistics that its inputs are normalised by."""
+        found = (n for n in self.networks.children() if isinstance(n, EditorNetwork))
+        return all(network.rows_seen > 1 for network in found)
+
+    @property
     def sign(self) -> float:
         """-1: the update descends (the paper); +1: it ascends (the published code)."""
         return 1.0 if self.config.ascent else -1.0
