@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from gradio import themes
 
-from apps.editor import api, markup, models, page, train
+from apps.editor import api, markup, models, page, reach, train
 from apps.editor.runs import Runs
 from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
@@ -112,7 +112,7 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
                             session.table, elem_id="comparison", apply_default_css=False
                         )
                         history, undo, redo, files = _history()
-                figures = _figures()
+                figures, probing = _figures()
             with gr.Tab("Model", id="model"):
                 opening = models.layout()
             with gr.Tab("Train", id="train"):
@@ -147,6 +147,7 @@ def build(workbench: Workbench, runs: Path | None = None) -> gr.Blocks:
         on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
         _opening(opening, state, header, editor, screen, form)
         _training(app, training, state, header, editor)
+        reach.wire(probing, state, history, **MODEL, **PRIVATE)
         buttons["examples"].click(
             page.example, buttons["examples"], form, show_progress="hidden", **PRIVATE
         )
@@ -272,8 +273,8 @@ def _history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:
     return history, undo, redo, files
 
 
-def _figures() -> list[Any]:
-    """Tabs of figures: every prompt's probability, and the inside of the edit in view."""
+def _figures() -> tuple[list[Any], dict[str, Any]]:
+    """Tabs of figures: every prompt's probability, the inside of the edit in view, its reach."""
     with gr.Column(visible=False, elem_id="figures") as column:
         title = gr.HTML(apply_default_css=False)
         plots = []
@@ -283,7 +284,9 @@ def _figures() -> list[Any]:
                     gr.Markdown(text)
                     with gr.Row():
                         plots += [gr.Plot(show_label=False, min_width=320) for _ in range(count)]
-    return [column, plots[0], title, *plots[1:]]
+            with gr.Tab("Reach"):
+                probing = reach.layout()
+    return [column, plots[0], title, *plots[1:]], probing
 
 
 def _endpoints(state: gr.State, form: Sequence[gr.Textbox]) -> None:

@@ -16,6 +16,7 @@ CSS = Path(__file__).with_suffix(".css")
 KINDS = {
     "edit": ("The edit", "should now say the target"),
     "equivalent": ("Equivalent prompts", "should say it too"),
+    "portability": ("What follows", "is entailed by the edit: should change with it"),
     "neighbor": ("Neighbours", "same relation or subject: should keep their answers"),
     "unrelated": ("Unrelated prompts", "should keep their answers"),
     "other": ("Your own prompts", "nothing is expected of them"),
@@ -57,6 +58,7 @@ def _count(kind: str, rows: Iterable[PromptComparison]) -> str:
     what = {
         "edit": "edit made" if good == of else "edit not reached",
         "equivalent": f"{good} of {of} equivalents follow",
+        "portability": f"{good} of {of} consequences drawn",
         "neighbor": f"{good} of {of} neighbours kept",
         "unrelated": f"{good} of {of} unrelated kept",
     }[kind]
@@ -105,7 +107,7 @@ def _verdict(row: PromptComparison) -> tuple[str, str]:
     """What became of a row, in a word, and whether that is good."""
     if row.kind == "other":
         return ("changed" if row.changed else "unchanged"), "plain"
-    if row.kind in ("edit", "equivalent"):
+    if row.kind in ("edit", "equivalent", "portability"):
         return ("✓ says it", "good") if row.free_running else ("✗ does not say it", "bad")
     if not row.changed:
         return "✓ unchanged", "good"
