@@ -47,7 +47,7 @@ def probe_requests(
     for request in requests:
         checkpoint()
         probes = probes_around(request.prompt, request.target, encoder)
-        around.append([probe for probe in probes if probe.kind == "edit" or _fits(lm, probe)])
+        around.append([p for p in probes if p.kind == "edit" or _fits(lm, p, max_new_tokens)])
     total, done = sum(map(len, around)), 0
     rows: list[ProbeResult] = []
     for request, probes in zip(requests, around, strict=True):
@@ -66,14 +66,15 @@ def probe_requests(
     return ProbeReport(rows=tuple(rows), encoder=encoder.name)
 
 
-def _fits(lm: LanguageModel, probe: Probe) -> bool:
-    """Whether the model can read a probe: its window may be short."""
+def _fits(lm: LanguageModel, probe: Probe, max_new_tokens: int) -> bool:
+    """Whether the model can read a probe and write on: its window may be short."""
     spare = label_names(lm)[0] if lm.kind == "classifier" else probe.target or "."
+    limit = getattr(lm.model.config, "max_position_embeddings", None)
     try:
-        tokenize(lm, probe.prompt, spare)
+        length = len(tokenize(lm, probe.prompt, spare).ids)
     except EditError:
         return False
-    return True
+    return not limit or length + max_new_tokens <= limit
 
 
 def _compared(

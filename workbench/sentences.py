@@ -26,7 +26,7 @@ class Encoder:
 
     Args:
         name: What it is, for reports.
-        body: Gives `last_hidden_state`.
+        body: A transformers model that gives `last_hidden_state`.
         tokenizer: Its tokenizer, with a pad token.
         device: Where token ids go.
         most: How many texts of the corpus may be encoded for one search: some seconds' worth.
@@ -37,6 +37,8 @@ class Encoder:
     ) -> None:
         self.name, self.most = name, most
         self._body, self._tokenizer, self._device = body, tokenizer, device
+        window = getattr(body.config, "max_position_embeddings", None) or _LONGEST
+        self._longest = min(_LONGEST, window)
         self._known: dict[str, Tensor] = {}
         self._middle: Tensor | float = 0.0
 
@@ -76,7 +78,7 @@ class Encoder:
             padding=True,
             padding_side="right",
             truncation=True,
-            max_length=_LONGEST,
+            max_length=self._longest,
         ).to(self._device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         states = self._body(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -70,12 +70,12 @@ def wire(tab: dict[str, Any], state: gr.State, history: gr.HTML, **options: Any)
 def probe_one(session: Session) -> Iterator[tuple[Any, ...]]:
     """Probe the edit in view."""
     edit = session.current()
-    return _probed(session, [edit.id] if edit else [])
+    yield from _probed(session, [edit.id] if edit else [])
 
 
 def probe_all(session: Session) -> Iterator[tuple[Any, ...]]:
     """Probe every live edit that is on."""
-    return _probed(session, [entry.id for entry in session.bench.history if entry.enabled])
+    yield from _probed(session, [entry.id for entry in session.bench.history if entry.enabled])
 
 
 def _probed(session: Session, ids: list[int]) -> Iterator[tuple[Any, ...]]:
