@@ -25,6 +25,7 @@ from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from workbench import Workbench, WorkbenchError
 from workbench.corpus import EXAMPLES
+from workbench.reach import LEGEND
 from workbench.tables import CSS
 
 HOURS = 3600
@@ -49,6 +50,7 @@ FIGURES = {
         "equivalents should move right; the others should stay where they were.",
         1,
     ),
+    "Reach": (LEGEND, 0),
     "Factors": (
         "The gradient's factors by layer and token. Bright cells weigh most in the edit. On the "
         "right is what the editor makes of activation u and delta δ: the pseudoactivation ũ and "
@@ -277,15 +279,16 @@ def _figures() -> tuple[list[Any], dict[str, Any]]:
     """Tabs of figures: every prompt's probability, the inside of the edit in view, its reach."""
     with gr.Column(visible=False, elem_id="figures") as column:
         title = gr.HTML(apply_default_css=False)
-        plots = []
+        plots, probing = [], {}
         with gr.Tabs():
             for name, (text, count) in FIGURES.items():
                 with gr.Tab(name):
                     gr.Markdown(text)
+                    if name == "Reach":
+                        probing = reach.layout()
+                        continue
                     with gr.Row():
                         plots += [gr.Plot(show_label=False, min_width=320) for _ in range(count)]
-            with gr.Tab("Reach"):
-                probing = reach.layout()
     return [column, plots[0], title, *plots[1:]], probing
 
 

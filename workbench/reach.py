@@ -50,8 +50,8 @@ def reach_map(report: ProbeReport) -> go.Figure:
         raise EditError("The report has no probe to show: probe an edit with Workbench.probe.")
     numbers = {id(row): str(n) for n, row in enumerate(report.wrong(), 1)}
     figure = go.Figure().update_layout(template=TEMPLATE)
-    _zone(figure, 0.5, 1.0, KIND_COLORS["edit"], "should change: up here", "top")
-    _zone(figure, 0.0, TOLERANCE, KIND_COLORS["neighbor"], "should stay: down here", "bottom")
+    _zone(figure, 0.5, 1.04, "edit", "what should change belongs up here")
+    _zone(figure, -0.04, TOLERANCE, "neighbor", "what should stay belongs down here")
     for kind in KINDS:
         rows = [row for row in report.rows if row.kind == kind]
         if rows:
@@ -83,33 +83,33 @@ def reach_map(report: ProbeReport) -> go.Figure:
     ticks = [0, 0.25, 0.5, 0.75, 1]
     figure.update_xaxes(title="closeness to the edit (cosine)", range=[-0.04, 1.04], tickvals=ticks)
     figure.update_yaxes(
-        title="change (total variation)", range=[-0.06, 1.08], tickvals=[TOLERANCE, *ticks]
+        title="change (total variation)", range=[-0.04, 1.1], tickvals=[TOLERANCE, *ticks]
     )
     return figure.update_layout(height=460)
 
 
-def _zone(figure: go.Figure, low: float, high: float, color: str, said: str, at: str) -> None:
+def _zone(figure: go.Figure, low: float, high: float, kind: str, said: str) -> None:
     """Where points of one sort should lie, faintly, with the words for it."""
+    color = KIND_COLORS[kind]
     figure.add_shape(
         type="rect",
         xref="x domain",
         x0=0,
         x1=1,
-        y0=-0.06 if low == 0 else low,
-        y1=1.08 if high == 1 else high,
+        y0=low,
+        y1=high,
         fillcolor=color,
         opacity=0.09,
         line_width=0,
         layer="below",
     )
-    y = 1.07 if at == "top" else TOLERANCE
     figure.add_annotation(
         text=said,
         xref="x domain",
         x=0.01,
-        y=y,
+        y=high,
         xanchor="left",
-        yanchor=at,
+        yanchor="bottom",
         showarrow=False,
         font={"size": 11, "color": color},
     )
@@ -156,7 +156,7 @@ def reach_list(report: ProbeReport, by: Column = "score", *, buttons: bool = Fal
     nothing = '<p class="legend">Every probe came out as it should.</p>'
     return (
         f'<div class="comparison reach"><div class="counts" role="status">{counts}{note}</div>'
-        f'{sorting}{table if wrong else nothing}<p class="legend">{LEGEND}</p></div>'
+        f"{sorting}{table if wrong else nothing}</div>"
     )
 
 

@@ -16,7 +16,7 @@ from workbench.corpus import EXAMPLES
 from workbench.edit import Edit
 from workbench.errors import EditError, WorkbenchError
 from workbench.probes import LISTED, Probe, as_lines, read_form, suggest
-from workbench.reach import SORTS, reach_list, reach_map
+from workbench.reach import LEGEND, SORTS, reach_list, reach_map
 from workbench.report import ProbeReport
 from workbench.results import HistoryEntry
 from workbench.session import Workbench
@@ -363,4 +363,5 @@ class ProbeMap(_Figure):
 
     def _list(self) -> None:
         by: Any = self.order.value
-        self.list.value = _STYLE + reach_list(self.report, by) if self.report else ""
+        shown = self.report and placeholder(LEGEND) + reach_list(self.report, by)
+        self.list.value = _STYLE + shown if shown else ""

@@ -14,7 +14,7 @@ from apps.editor import page
 from apps.editor.sessions import Session, now_and_then, readable
 from workbench import EditError, ProbeReport
 from workbench.errors import Cancelled
-from workbench.reach import LEGEND, reach_list, reach_map
+from workbench.reach import reach_list, reach_map
 from workbench.tables import placeholder
 
 EMPTY = placeholder("Nothing probed yet: it takes some seconds for each edit.")
@@ -36,16 +36,16 @@ element.addEventListener('click', event => {
 
 def layout() -> dict[str, Any]:
     """The tab's components."""
-    gr.Markdown(LEGEND)
+    small: dict[str, Any] = {"size": "sm", "min_width": 120}
     with gr.Row():
-        small: dict[str, Any] = {"size": "sm", "min_width": 120}
-        return {
+        tab: dict[str, Any] = {
             "one": gr.Button("Probe this edit", elem_id="probe-one", **small),
             "all": gr.Button("Probe all live edits", elem_id="probe-all", **small),
             "cancel": gr.Button("Cancel", visible=False, elem_id="probe-cancel", **small),
-            "plot": gr.Plot(show_label=False, min_width=320, elem_id="reach-map"),
-            "list": gr.HTML(EMPTY, elem_id="reach", js_on_load=SCRIPT, apply_default_css=False),
         }
+    plot = gr.Plot(show_label=False, min_width=320, elem_id="reach-map")
+    shown = gr.HTML(EMPTY, elem_id="reach", js_on_load=SCRIPT, apply_default_css=False)
+    return tab | {"plot": plot, "list": shown}
 
 
 def wire(tab: dict[str, Any], state: gr.State, history: gr.HTML, **options: Any) -> None:
