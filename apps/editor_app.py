@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from gradio import themes
 
-from apps.editor import api, figures, layout, markup, models, page, train
+from apps.editor import api, figures, layout, markup, models, page, reach, train
 from apps.editor.runs import Runs
 from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
@@ -99,7 +99,7 @@ def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = Fals
                             session.table, elem_id="comparison", apply_default_css=False
                         )
                         history, undo, redo, files = layout.history()
-                inside, saving = layout.figures()
+                inside, saving, probing = layout.figures()
             if not locked:
                 with gr.Tab("Model", id="model"):
                     opening = models.layout()
@@ -144,6 +144,7 @@ def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = Fals
         on(history.act, page.act, [state], [*screen, *form], "multiple")
         on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
         editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
+        reach.wire(probing, state, history, **MODEL, **PRIVATE)
         shown = [saving]
         if not locked:
             _opening(opening, state, header, editor, screen, form)

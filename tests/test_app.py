@@ -115,7 +115,11 @@ def test_inspect_and_probe_are_about_the_edit(client: Client, bench: Workbench):
     ]
     assert "".join(trace["tokens"]) == FRANCE[0]
     assert all(layer["update_norm"] > 0 for layer in trace["layers"])
-    assert client.predict(made["id"], api_name="/probe") == made["rows"]
+    rows = client.predict(made["id"], api_name="/probe")
+    assert rows[0]["prompt"] == FRANCE[0]
+    assert rows[0]["edited_text"].startswith(made["rows"][0]["edited_text"][:4])
+    assert {"equivalent", "portability", "neighbor", "unrelated"} <= {row["kind"] for row in rows}
+    assert all(row["verdict"] and row["made"] and 0 <= row["score"] <= 1 for row in rows)
 
 
 def test_two_users_edit_at_once_and_see_their_own_edits_alone(url: str, bench: Workbench):
@@ -126,7 +130,8 @@ def test_two_users_edit_at_once_and_see_their_own_edits_alone(url: str, bench: W
     for client, request, answer in zip(clients, requests, made, strict=True):
         assert [e["title"] for e in client.predict(api_name="/history")] == [" → ".join(request)]
         alone = bench.fork()
-        row = alone.probe(alone.edit(*request)).rows[0]
+        alone.edit(*request)
+        row = alone.compare(alone.suggest(*request)).rows[0]
         assert answer["rows"][0]["edited_text"] == row.edited_text
         assert answer["rows"][0]["edited_probability"] == pytest.approx(
             row.edited_probability, rel=1e-3

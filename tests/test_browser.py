@@ -155,6 +155,28 @@ def test_an_example_is_edited_switched_and_undone(open_page: Callable[..., Page]
     expect(undo).to_be_disabled()
 
 
+def test_an_edit_is_probed_its_list_sorted_and_gone_with_the_next_change(
+    open_page: Callable[..., Page],
+):
+    page = open_page(width=390)
+    make_edit(page)
+    page.get_by_role("tab", name="Reach").click()
+    page.locator("#probe-one").click()
+    reach = page.locator("#reach")
+    expect(reach.locator(".counts")).to_contain_text("others kept")
+    expect(page.locator("#reach-map .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#probe-cancel")).to_be_hidden()
+    numbers = reach.locator("tbody tr td:first-child b")
+    expect(numbers.first).to_have_text("1")
+    reach.locator("button[data-sort=change]").click()
+    changes = [
+        float(text) for text in reach.locator("td[data-column=Change] div").all_inner_texts()
+    ]
+    assert changes == sorted(changes, reverse=True)
+    page.locator("#history .switch").click()
+    expect(reach).to_contain_text("Nothing probed yet")
+
+
 def test_strength_and_removal_from_the_keyboard(open_page: Callable[..., Page]):
     page = open_page()
     make_edit(page)

@@ -144,8 +144,8 @@ def test_probe_looks_at_every_kind(wb: Workbench) -> None:
     kinds = [row.kind for row in report.rows]
     assert kinds[0] == "edit"
     assert kinds.count("equivalent") >= 2
-    assert kinds.count("unrelated") == 3
-    assert "neighbor" in kinds
+    assert kinds.count("unrelated") >= 3
+    assert {"neighbor", "portability"} <= set(kinds)
 
 
 def test_inspect_adds_up(wb: Workbench) -> None:

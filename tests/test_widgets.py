@@ -23,6 +23,7 @@ from workbench import (
 )
 from workbench.corpus import EXAMPLES
 from workbench.probes import suggest
+from workbench.reach import reach_map
 from workbench.widgets import EditPanel, FactorHeatmap, HistoryPanel, ProbeMap, UpdateMagnitudes
 
 PAIR = ("The capital of France is", "Lyon")
@@ -51,7 +52,7 @@ def as_json(figure: go.Figure | go.FigureWidget) -> dict:
 
 
 def drawn(panel: FactorHeatmap | UpdateMagnitudes | ProbeMap) -> dict:
-    content = panel.children[-1]
+    content = panel.children[2]
     assert isinstance(content, go.FigureWidget)
     return as_json(content)
 
@@ -65,13 +66,13 @@ def test_figures_are_those_of_plots(wb: Workbench) -> None:
     assert drawn(UpdateMagnitudes(wb, relative=True)) == as_json(
         plots.update_magnitudes(trace, relative=True)
     )
-    assert drawn(ProbeMap(wb)) == as_json(plots.target_probabilities(wb.probe(edit)))
+    assert drawn(ProbeMap(wb)) == as_json(reach_map(wb.probe(edit)))
 
 
 def test_an_edit_in_one_panel_shows_in_the_others(wb: Workbench) -> None:
     panel, history = EditPanel(wb), HistoryPanel(wb)
     heatmap, sizes, probes = FactorHeatmap(wb), UpdateMagnitudes(wb), ProbeMap(wb)
-    assert all("No edit" in figure.children[-1].value for figure in (heatmap, sizes, probes))
+    assert all("No edit" in figure.children[2].value for figure in (heatmap, sizes, probes))
     assert "No edits" in history.rows.children[0].value
     panel.prompt.value, panel.target.value = PAIR
     panel.edit_button.click()
@@ -112,7 +113,7 @@ def test_the_history_acts_on_the_model_and_the_table_follows(wb: Workbench) -> N
     remove.click()
     assert wb.history == ()
     assert panel.table.value == off
-    assert "No edit" in probes.children[-1].value
+    assert "No edit" in probes.children[2].value
     history.undo.click()
     assert wb.history[0].strength == 0.5
     history.reset.click()

@@ -15,6 +15,7 @@ from workbench.memory import MemoryEstimate, estimate_memory
 from workbench.models import LanguageModel, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe
+from workbench.report import ProbeReport, ProbeResult
 from workbench.results import Comparison, EditTrace, LayerTrace, Overlap, PromptComparison
 from workbench.session import Workbench
 from workbench.updates import LayerUpdate, Update
@@ -43,6 +44,8 @@ __all__ = [
     "ModelError",
     "Overlap",
     "Probe",
+    "ProbeReport",
+    "ProbeResult",
     "PromptComparison",
     "Statement",
     "Update",

@@ -11,8 +11,17 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from workbench.cancel import checkpoint
-from workbench.encoding import Batch, collate, has_label, kl, label_names, tokenize
+from workbench.encoding import (
+    Batch,
+    collate,
+    has_label,
+    kl,
+    label_names,
+    per_sequence_mean,
+    tokenize,
+)
 from workbench.errors import EditError
+from workbench.metrics import total_variation
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.probes import Probe
@@ -132,13 +141,40 @@ def _compare_chunk(
     max_new_tokens: int,
     watch: Callable[[list[str]], object] | None,
 ) -> list[PromptComparison]:
-    prompts = [probe.prompt for probe in probes]
+    texts = write_both(lm, update, [probe.prompt for probe in probes], max_new_tokens, watch)
+    return score_both(lm, update, probes, texts)
+
+
+def write_both(
+    lm: LanguageModel,
+    update: Update,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    watch: Callable[[list[str]], object] | None = None,
+) -> list[str]:
+    """Continue prompts with the base model, then with the edited one, as rows of one batch.
+
+    Returns:
+        The base model's continuations, then the edited model's; a classifier writes none.
+    """
+    if lm.kind == "classifier":
+        return [""] * 2 * len(prompts)
+    with overlay(lm.model, update, _edited(lm, len(prompts))):
+        return generate_texts(lm, [*prompts, *prompts], max_new_tokens, watch)
+
+
+def score_both(
+    lm: LanguageModel, update: Update, probes: Sequence[Probe], texts: Sequence[str]
+) -> list[PromptComparison]:
+    """What both models make of each probe's answer, as rows of one batch.
+
+    Args:
+        lm: The frozen model.
+        update: The change.
+        probes: What to look at.
+        texts: What `write_both` gave for their prompts.
+    """
     n = len(probes)
-    both = torch.arange(2 * n, device=lm.device) >= n
-    texts = [""] * 2 * n
-    if lm.kind != "classifier":
-        with overlay(lm.model, update, both):
-            texts = generate_texts(lm, prompts * 2, max_new_tokens, watch)
     known = [probe.target is not None and _sayable(lm, probe.target) for probe in probes]
     # Without an answer to follow, the base model's own text stands in: it shows what moved.
     spare = label_names(lm)[0] if lm.kind == "classifier" else "."
@@ -146,9 +182,9 @@ def _compare_chunk(
         (probe.target or "") if follow else text if text.strip() else spare
         for probe, follow, text in zip(probes, known, texts, strict=False)
     ]
-    tokens = [tokenize(lm, p, a) for p, a in zip(prompts, answers, strict=True)]
+    tokens = [tokenize(lm, p.prompt, a) for p, a in zip(probes, answers, strict=True)]
     batch = collate(lm, tokens * 2)
-    with overlay(lm.model, update, both), torch.no_grad():
+    with overlay(lm.model, update, _edited(lm, n)), torch.no_grad():
         logits = target_logits(lm, batch).float()
     chosen = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
     exact = logits.argmax(-1) == batch.targets
@@ -158,6 +194,8 @@ def _compare_chunk(
         texts = [label_names(lm)[label] for label in logits.argmax(-1).tolist()]
     first = _first_positions(batch, lm.tokenizer.all_special_ids)
     moved = kl(logits[first[:n]], logits[first[n:]]).clamp(min=0)
+    base, edited = logits.chunk(2)  # both hold the same answers
+    changes = per_sequence_mean(total_variation(base, edited).repeat(2), batch)
     found = []
     for i, probe in enumerate(probes):
         found.append(
@@ -172,9 +210,15 @@ def _compare_chunk(
                 base_exact=bool(misses[i] == 0) if known[i] else None,
                 edited_exact=bool(misses[n + i] == 0) if known[i] else None,
                 divergence=moved[i].item(),
+                change=changes[i].item(),
             )
         )
     return found
+
+
+def _edited(lm: LanguageModel, n: int) -> Tensor:
+    """The edited half of a batch of `n` prompts, each read twice."""
+    return torch.arange(2 * n, device=lm.device) >= n
 
 
 def _sayable(lm: LanguageModel, target: str) -> bool:

@@ -33,6 +33,24 @@ def kept(base: Tensor, edited: Tensor, batch: Batch) -> Tensor:
     return per_sequence_mean((base.argmax(-1) == edited.argmax(-1)).float(), batch)
 
 
+def total_variation(base: Tensor, edited: Tensor) -> Tensor:
+    """Share of the next token's probability that has moved, 0 to 1: half the L1 distance.
+
+    The most by which the two models differ on any set of next tokens. Unlike a KL it is bounded
+    and symmetric, so that prompts compare; unlike the answer's own probability it sees a change
+    where the model had no answer to lose.
+
+    Args:
+        base: Logits of one model, `(n, vocabulary)`.
+        edited: Logits of the other.
+
+    Returns:
+        `(n,)`, float32.
+    """
+    gap = base.float().softmax(-1) - edited.float().softmax(-1)
+    return (gap.abs().sum(-1) / 2).clamp(max=1)
+
+
 def begins_with(text: str, target: str) -> bool:
     """Free-running success: what the model writes begins with the target, in whatever case."""
     return text.strip().lower().startswith(target.strip().lower())

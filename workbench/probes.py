@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from hashlib import sha256
 from typing import TypeVar
 
 from workbench.corpus import EXAMPLES, SENTENCES, Relation, relations
 from workbench.data import EditExample, Statement
+from workbench.subjects import topic_of
 
 T = TypeVar("T")
-KINDS = ("edit", "equivalent", "neighbor", "unrelated", "other")
-LISTED = KINDS[1:]  # beside the edit's own prompt
+KINDS = ("edit", "equivalent", "portability", "neighbor", "unrelated", "other")
+LISTED = ("equivalent", "neighbor", "unrelated", "other")  # in forms, beside the edit's own prompt
 _WITH_ANSWER = ("neighbor", "unrelated")
 
 
@@ -24,8 +23,8 @@ class Probe:
 
     Args:
         prompt: What the model reads.
-        kind: "edit" or "equivalent" (should change), "neighbor" or "unrelated" (should not),
-            "other" (nothing is expected).
+        kind: "edit" or "equivalent" (should change), "portability" (follows from the edit),
+            "neighbor" or "unrelated" (should not change), "other" (nothing is expected).
         target: Answer whose probability is of interest: the edit's target where it should appear,
             the true answer where nothing should change; None where none is known.
         made: How the probe was made, in a few words.
@@ -58,13 +57,13 @@ def suggest(
         for sentence in _chosen(SENTENCES, prompt)[: max(0, equivalents - len(alike))]
     ]
     taken = {prompt, *(probe.prompt for probe in (*alike, *near))}
-    relation, _ = _recognised(prompt)
+    relation = topic_of(prompt).relation
     far = [
         Probe(statement.prompt, "unrelated", statement.answer, "of another gallery example")
         for example in _chosen(EXAMPLES, prompt)
         for statement in example.unrelated[:1]
         if example.prompt != prompt and statement.prompt not in taken
-        if relation is None or _recognised(statement.prompt)[0] is not relation
+        if relation is None or topic_of(statement.prompt).relation is not relation
     ]
     return (
         Probe(prompt, "edit", target, "as typed"),
@@ -79,17 +78,10 @@ def _known(prompt: str) -> tuple[list[Probe], list[Probe]]:
     for example in EXAMPLES:
         if prompt.strip() == example.prompt:
             return _from_example(example)
-    relation, subject = _recognised(prompt)
-    return _from_relation(relation, subject, prompt.strip()) if relation else ([], [])
-
-
-def _recognised(prompt: str) -> tuple[Relation | None, str]:
-    """The relation of the corpus in whose wording a prompt is, and its subject."""
-    for relation, pattern in _patterns():
-        match = pattern.fullmatch(prompt.strip())
-        if match:
-            return relation, match[1]
-    return None, ""
+    topic = topic_of(prompt)
+    if topic.relation is None:
+        return [], []
+    return _from_relation(topic.relation, topic.subject, prompt.strip())
 
 
 def _from_example(example: EditExample) -> tuple[list[Probe], list[Probe]]:
@@ -120,15 +112,6 @@ def _from_relation(
         if other is not relation and subject in other.facts
     ]
     return alike, [*near[:1], *same[:1], *near[1:], *same[1:]]
-
-
-@cache
-def _patterns() -> tuple[tuple[Relation, re.Pattern[str]], ...]:
-    return tuple(
-        (relation, re.compile(re.escape(wording).replace(r"\{\}", "(.+?)"), re.IGNORECASE))
-        for relation in relations().values()
-        for wording in relation.wordings
-    )
 
 
 def _chosen(items: Sequence[T], key: str) -> list[T]:

@@ -88,7 +88,7 @@ class PromptComparison:
 
     Args:
         prompt: What the model reads.
-        kind: "edit", "equivalent", "neighbor", "unrelated" or "other".
+        kind: "edit", "equivalent", "portability", "neighbor", "unrelated" or "other".
         base_text: The base model's continuation.
         edited_text: The edited model's continuation.
         target: The answer whose probability is given; None for none.
@@ -97,6 +97,8 @@ class PromptComparison:
         base_exact: Every target token is the base model's most likely one (teacher-forced).
         edited_exact: The same under the edits.
         divergence: KL(base || edited) of the next token, nats.
+        change: Total variation of base and edited next-token distributions, 0 to 1: the mean
+            over the answer's positions, the target's or else the base model's own text's.
     """
 
     prompt: str
@@ -109,6 +111,7 @@ class PromptComparison:
     base_exact: bool | None = None
     edited_exact: bool | None = None
     divergence: float = 0.0
+    change: float = 0.0
 
     @property
     def changed(self) -> bool:

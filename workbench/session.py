@@ -19,6 +19,8 @@ from workbench.errors import EditError
 from workbench.models import LanguageModel, Quantization, open_model
 from workbench.overlay import EditStack, overlay
 from workbench.probes import Probe, suggest
+from workbench.probing import probe_requests
+from workbench.report import ProbeReport
 from workbench.results import Comparison, EditTrace, HistoryEntry, Overlap, overlap_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
 from workbench.updates import Update
@@ -304,16 +306,32 @@ class Workbench:
         """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones."""
         return suggest(prompt, target)
 
-    def probe(self, edit: Edit | int, *, max_new_tokens: int = 8) -> Comparison:
-        """What an edit changed and what it should not have: its suggested prompts, compared.
+    def probe(
+        self,
+        edits: Edit | int | Sequence[Edit | int],
+        *,
+        max_new_tokens: int = 8,
+        watch: Callable[[int, int], object] | None = None,
+    ) -> ProbeReport:
+        """How far one edit or several reach, and how far they should: some 40 probes for each.
 
-        Runs with all live edits, the edit in question among them.
+        Runs with all live edits, those in question among them.
+
+        Args:
+            edits: One or several, or their ids; each request of theirs is probed.
+            max_new_tokens: Length of the continuations.
+            watch: Called with how many probes are done, and of how many.
+
+        Raises:
+            EditError: An edit is unknown, or an imported adapter, which names no prompt.
         """
-        found = self.get(edit) if isinstance(edit, int) else edit
-        if not found.requests:
-            raise EditError(f"Edit {found.id} was imported as an adapter: it names no prompt.")
-        probes = [p for r in found.requests for p in suggest(r.prompt, r.target)]
-        return self.compare(probes, max_new_tokens=max_new_tokens)
+        asked = [edits] if isinstance(edits, Edit | int) else edits
+        found = [self.get(edit) if isinstance(edit, int) else edit for edit in asked]
+        for edit in found:
+            if not edit.requests:
+                raise EditError(f"Edit {edit.id} was imported as an adapter: it names no prompt.")
+        requests = [request for edit in found for request in edit.requests]
+        return probe_requests(self.lm, self.update, requests, max_new_tokens, watch)
 
     # Files
 

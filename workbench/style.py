@@ -14,7 +14,7 @@ from workbench.probes import KINDS
 
 # The palette of Okabe and Ito, which colour-blind readers tell apart. Kinds: warm where an edit
 # should act, cool where it should not.
-_OF_KINDS = ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#8A8A8A")
+_OF_KINDS = ("#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#8A8A8A")
 KIND_COLORS: dict[str, str] = dict(zip(KINDS, _OF_KINDS, strict=True))
 MATRIX_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 TEXT_COLOR = "#767676"  # as legible on white as on near-black

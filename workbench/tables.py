@@ -16,6 +16,7 @@ CSS = Path(__file__).with_suffix(".css")
 KINDS = {
     "edit": ("The edit", "should now say the target"),
     "equivalent": ("Equivalent prompts", "should say it too"),
+    "portability": ("What follows", "is entailed by the edit: should change with it"),
     "neighbor": ("Neighbours", "same relation or subject: should keep their answers"),
     "unrelated": ("Unrelated prompts", "should keep their answers"),
     "other": ("Your own prompts", "nothing is expected of them"),
@@ -57,6 +58,7 @@ def _count(kind: str, rows: Iterable[PromptComparison]) -> str:
     what = {
         "edit": "edit made" if good == of else "edit not reached",
         "equivalent": f"{good} of {of} equivalents follow",
+        "portability": f"{good} of {of} consequences drawn",
         "neighbor": f"{good} of {of} neighbours kept",
         "unrelated": f"{good} of {of} unrelated kept",
     }[kind]
@@ -78,12 +80,12 @@ def _row(row: PromptComparison, finished: bool) -> str:
     verdict, mood = _verdict(row) if finished else ("…", "plain")
     # What is half written differs for no reason.
     texts = (row.base_text, row.edited_text)
-    before, after = _marked(*texts) if finished else map(escape, texts)
+    before, after = marked(*texts) if finished else map(escape, texts)
     chance = "–"
     if row.target is not None:
         chance = (
-            f"<q>{escape(row.target)}</q> {_percent(row.base_probability)} → "
-            f"{_percent(row.edited_probability)}{_bars(row)}"
+            f"<q>{escape(row.target)}</q> {percent(row.base_probability)} → "
+            f"{percent(row.edited_probability)}{_bars(row)}"
         )
     base_free = replace(row, edited_text=row.base_text).free_running
     cells = (
@@ -105,7 +107,7 @@ def _verdict(row: PromptComparison) -> tuple[str, str]:
     """What became of a row, in a word, and whether that is good."""
     if row.kind == "other":
         return ("changed" if row.changed else "unchanged"), "plain"
-    if row.kind in ("edit", "equivalent"):
+    if row.kind in ("edit", "equivalent", "portability"):
         return ("✓ says it", "good") if row.free_running else ("✗ does not say it", "bad")
     if not row.changed:
         return "✓ unchanged", "good"
@@ -125,13 +127,13 @@ def _bars(row: PromptComparison) -> str:
     return f'<span class="bars" aria-hidden="true">{bars}</span>'
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     if value is None:
         return "–"
     return "&lt;0.1%" if value < 0.001 else f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
 
 
-def _marked(base: str, edited: str) -> tuple[str, str]:
+def marked(base: str, edited: str) -> tuple[str, str]:
     """Both texts, escaped, with the words that the other one lacks marked."""
     old, new = (
         re.findall(r"\S+\s*", re.sub(r"\s*\n\s*", " ↵ ", text.strip())) or ["(nothing)"]

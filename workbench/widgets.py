@@ -17,6 +17,8 @@ from workbench.corpus import EXAMPLES
 from workbench.edit import Edit
 from workbench.errors import EditError, WorkbenchError
 from workbench.probes import LISTED, Probe, as_lines, read_form, suggest
+from workbench.reach import LEGEND, SORTS, reach_list, reach_map
+from workbench.report import ProbeReport
 from workbench.results import HistoryEntry
 from workbench.session import Workbench
 from workbench.tables import CSS, comparison_table, placeholder
@@ -281,7 +283,7 @@ class _Figure(_Panel):
         return plots.save(content, path, scale=scale)
 
     def still(self) -> dict[str, Any]:
-        content = self.children[-1]
+        content = self.children[2]
         if isinstance(content, ipywidgets.HTML):
             return {"text/html": content.value}
         return {"application/vnd.plotly.v1+json": json.loads(content.to_json())}
@@ -339,16 +341,40 @@ class UpdateMagnitudes(_Figure):
 
 
 class ProbeMap(_Figure):
-    """What an edit moves: its suggested prompts, their answers' probabilities before and after.
+    """How far an edit reaches: its probes as a map, and those that came out wrong as a list.
 
     Args:
         workbench: Whose edits; all live ones act.
     """
 
+    def __init__(self, workbench: Workbench) -> None:
+        self.order = ipywidgets.Dropdown(
+            options=[(said, column) for column, said in SORTS.items()],
+            description="sort by",
+            layout={"width": "auto"},
+        )
+        self.list = ipywidgets.HTML(layout={"width": "100%"})
+        self.report: ProbeReport | None = None
+        self.order.observe(self._guarded(lambda _: self._list()), "value")
+        super().__init__(workbench)
+
     def figure(self, edit: Edit) -> go.Figure:
-        return plots.target_probabilities(self.workbench.probe(edit))
+        self.report = self.workbench.probe(edit)
+        return reach_map(self.report)
 
     def refresh(self) -> None:
-        """Compare anew: switches and strengths change what there is to see."""
-        self._drawn = None
+        """Probe anew: switches and strengths change what there is to see."""
+        self._drawn = self.report = None
         super().refresh()
+
+    def _show(self, content: Any) -> None:
+        gone = self.children[2:3]
+        self._list()
+        self.children = (self.choice, self._message, content, self.order, self.list)
+        for part in gone:
+            part.close()
+
+    def _list(self) -> None:
+        by: Any = self.order.value
+        shown = self.report and placeholder(LEGEND) + reach_list(self.report, by)
+        self.list.value = _STYLE + shown if shown else ""

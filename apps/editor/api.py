@@ -30,7 +30,7 @@ def edit(session: Session, prompt: str, target: str) -> tuple[Session, dict[str,
     """
     made = session.edit(prompt, target)
     try:
-        rows = rows_json(session.bench.probe(made))
+        rows = rows_json(session.bench.compare(session.bench.suggest(prompt, target)))
     except WorkbenchError:
         session.bench.undo()
         raise
@@ -99,5 +99,5 @@ def inspect(session: Session, id: int) -> Any:
 
 @guarded
 def probe(session: Session, id: int) -> list[dict[str, Any]]:
-    """Base and edited model on the prompts suggested for an edit."""
-    return rows_json(session.bench.probe(id))
+    """How far an edit reaches: each probe's texts, probabilities, change, verdict and score."""
+    return session.bench.probe(id).to_rows()

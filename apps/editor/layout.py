@@ -6,9 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from apps.editor import markup, models
+from apps.editor import markup, models, reach
 from apps.editor.sessions import Session
 from workbench.corpus import EXAMPLES
+from workbench.reach import LEGEND
 
 FIGURES = {
     "Probabilities": (
@@ -16,6 +17,7 @@ FIGURES = {
         "equivalents should move right; the others should stay where they were.",
         1,
     ),
+    "Reach": (LEGEND, 0),
     "Factors": (
         "The gradient's factors by layer and token. Bright cells weigh most in the edit. On the "
         "right is what the editor makes of activation u and delta δ: the pseudoactivation ũ and "
@@ -102,19 +104,22 @@ def history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:
     return history, undo, redo, files
 
 
-def figures() -> tuple[list[Any], dict[str, gr.Button]]:
-    """Tabs of figures: every prompt's probability, and the inside of the edit in view."""
+def figures() -> tuple[list[Any], dict[str, gr.Button], dict[str, Any]]:
+    """Tabs of figures: every prompt's probability, the inside of the edit in view, its reach."""
     with gr.Column(visible=False, elem_id="figures") as column:
         title = gr.HTML(apply_default_css=False)
-        plots = []
+        plots, probing = [], {}
         with gr.Tabs():
             for name, (text, count) in FIGURES.items():
                 with gr.Tab(name):
                     gr.Markdown(text)
+                    if name == "Reach":
+                        probing = reach.layout()
+                        continue
                     with gr.Row():
                         plots += [gr.Plot(show_label=False, min_width=320) for _ in range(count)]
         buttons = saving()
-    return [column, plots[0], title, *plots[1:]], buttons
+    return [column, plots[0], title, *plots[1:]], buttons, probing
 
 
 def saving() -> dict[str, gr.Button]:

@@ -202,7 +202,7 @@ def streamed(
             done = pool.submit(copy_context().run, work)
             done.add_done_callback(lambda _: rows.put(None))
             pool.shutdown(wait=False)
-            for latest in _now_and_then(rows):
+            for latest in now_and_then(rows):
                 yield showing(comparison_table(latest), True)
             error = done.exception()
             if error is not None:
@@ -218,7 +218,7 @@ def streamed(
     return decorated
 
 
-def _now_and_then(news: SimpleQueue[T | None]) -> Iterator[T]:
+def now_and_then(news: SimpleQueue[T | None]) -> Iterator[T]:
     """The latest of what comes, at most every `REDRAWN` seconds, until None comes."""
     latest, due = None, 0.0
     while True:
