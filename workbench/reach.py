@@ -83,7 +83,9 @@ def reach_map(report: ProbeReport) -> go.Figure:
     figure.update_yaxes(
         title="change (total variation)", range=[-0.04, 1.1], tickvals=[TOLERANCE, *ticks]
     )
-    return figure.update_layout(height=460)
+    # Of the container: hung to the plot, it slips into it where a narrow figure grows wide.
+    legend = {"y": 1, "yanchor": "top", "yref": "container"}
+    return figure.update_layout(height=480, legend=legend)
 
 
 def _zone(figure: go.Figure, low: float, high: float, kind: str, said: str) -> None:
@@ -104,9 +106,9 @@ def _zone(figure: go.Figure, low: float, high: float, kind: str, said: str) -> N
     figure.add_annotation(
         text=said,
         xref="x domain",
-        x=0.01,
-        y=high,
-        xanchor="left",
+        x=0.99,
+        y=low,
+        xanchor="right",
         yanchor="bottom",
         showarrow=False,
         font={"size": 11, "color": color},
