@@ -27,7 +27,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "files", "gguf"),
+    ("cancel", "files", "gguf", "recompute"),
     ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
     ("overlay", "factors", "views"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import language_model
-from runs import RUN, editor_for, examples, trainer_for
+from runs import RUN, editor_for, examples, left_by, trainer_for
 
 from workbench.data import EditExample
 from workbench.editors.base import load_editor
@@ -25,12 +25,6 @@ from workbench.trainer import CHECKPOINT, Progress, Trainer
 from workbench.training import EditTexts, StepLosses, TextSampler
 
 torch.set_num_threads(1)
-
-
-def left_by(trainer: Trainer) -> tuple[dict[str, bytes], Progress]:
-    """All that a run leaves behind."""
-    files = {path.name: path.read_bytes() for path in trainer.folder.iterdir()}
-    return files, trainer.progress
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,19 @@ from families import FAMILIES, language_model
 from hypothesis import given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
-from runs import TEXTS, editor_for, examples, opened
+from runs import TEXTS, editor_for, edits_for, examples, opened
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 
 from workbench.data import EditExample
 from workbench.editors.mend import Mend
-from workbench.encoding import Tokens, tokenize
+from workbench.encoding import Tokens, kl, tokenize
 from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig, kl
+from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig
 
 
 def stirred(editor: Mend, edits: Sequence[EditTexts]) -> Mend:
@@ -37,26 +37,6 @@ def stirred(editor: Mend, edits: Sequence[EditTexts]) -> Mend:
             spread = 0.3 * parameter.abs().mean() + 0.01
             parameter += spread * torch.randn(parameter.shape, generator=generator)
     return editor.eval()
-
-
-def edits_for(lm: LanguageModel) -> list[EditTexts]:
-    """Three edits of different lengths, with unequal numbers of other texts."""
-    targets = ("LABEL_1", "LABEL_0", "LABEL_1") if lm.kind == "classifier" else ("Lyon", "b", "one")
-
-    def read(prompt: str, target: str) -> Tokens:
-        return tokenize(lm, prompt, target)
-
-    one, two, three = targets
-    near = (read("Spain has", two), read("A dog", one), read("It is said to", three))
-    return [
-        EditTexts(
-            read("France's capital is", one),
-            (read("France has", one), read("Its capital:", one)),
-            near[:2],
-        ),
-        EditTexts(read("She", two), (read("She", two),), near[1:]),
-        EditTexts(read("This and", three), (read("That or this and", three),), near[2:]),
-    ]
 
 
 # The step, against a plain one

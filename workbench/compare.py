@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from workbench.cancel import checkpoint
-from workbench.encoding import Batch, collate, has_label, label_names, tokenize
+from workbench.encoding import Batch, collate, has_label, kl, label_names, tokenize
 from workbench.errors import EditError
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.probes import Probe
 from workbench.results import Comparison, PromptComparison
-from workbench.training import kl
 from workbench.updates import Update
 from workbench.views import target_logits
 

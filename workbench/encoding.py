@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from workbench.errors import EditError
 from workbench.models import LanguageModel
@@ -211,3 +211,26 @@ def per_sequence_mean(values: Tensor, batch: Batch) -> Tensor:
     sums = values.new_zeros(batch.size).index_add(0, batch.rows, values)
     counts = values.new_zeros(batch.size).index_add(0, batch.rows, torch.ones_like(values))
     return sums / counts.clamp(min=1)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(base || edited), its gradient softmax(edited) - softmax(base) made in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
+        difference, after = log_softmax(base.float(), -1), log_softmax(edited.float(), -1)
+        before = difference.exp()
+        difference -= after
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(after.exp_().sub_(before))
+        return torch.linalg.vecdot(before, difference)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * slopes[0].unsqueeze(-1)
+
+
+def kl(base: Tensor, edited: Tensor) -> Tensor:
+    """KL(base || edited) of next-token distributions, nats, `(n, vocabulary)` -> `(n,)`."""
+    return _Divergence.apply(base, edited)  # type: ignore[no-any-return]

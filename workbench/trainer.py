@@ -15,8 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from workbench.data import EditExample
-from workbench.editors.base import save_editor
-from workbench.editors.mend import Mend
+from workbench.editors.base import TrainableEditor, save_editor
 from workbench.errors import EditorError
 from workbench.files import (
     flat_optimizer,
@@ -50,7 +49,7 @@ class Progress:
 
 
 class Trainer:
-    """Meta-trains a MEND editor and keeps the best one in a folder.
+    """Meta-trains an editor and keeps the best one in a folder.
 
     Args:
         editor: Trained in place.
@@ -67,7 +66,7 @@ class Trainer:
 
     def __init__(
         self,
-        editor: Mend,
+        editor: TrainableEditor,
         examples: Sequence[EditExample],
         texts: Sequence[str],
         config: TrainingConfig,
@@ -83,13 +82,11 @@ class Trainer:
         chooser = random.Random(config.seed)
         self._looks = [self.sampler.texts(e, chooser) for e in validation[: config.validation]]
         self._card, self._on_step = card or {}, on_step
-        alpha_lr = config.lr if config.one_alpha_optimizer else config.edit_lr_lr
+        alphas = {"edit_lr_lr": "lr"} if config.one_alpha_optimizer else {}
         groups = [
-            {"params": list(editor.networks.parameters()), "base_lr": config.lr},
-            {"params": [editor.edit_lrs], "base_lr": alpha_lr},
+            {"params": parameters, "base_lr": getattr(config, alphas.get(name, name))}
+            for name, parameters in editor.learned().items()
         ]
-        if editor.gate_logits is not None:
-            groups.append({"params": [editor.gate_logits], "base_lr": config.gate_lr})
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.progress = Progress()
         # Health compares the edit losses of two windows: the first steps and the latest.

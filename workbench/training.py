@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench.data import EditExample, Statement
-from workbench.editors.mend import Mend
+from workbench.editors.base import CapturedEdits, TrainableEditor
 from workbench.encoding import (
     Batch,
     Tokens,
     collate,
+    kl,
     passes,
     per_sequence_mean,
     sequence_nll,
@@ -35,16 +37,19 @@ from workbench.views import Trunk, TrunkCache
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of meta-training; the defaults are the paper's where it gives one.
+    """Settings of meta-training; the defaults are the paper's for MEND where it gives one.
+
+    Learning rates and weights of what an editor does not have are not looked at.
 
     Args:
         steps: Optimiser steps.
         batch: Edits in one step, all captured, transformed and scored together.
-        lr: Adam's learning rate for the networks.
+        lr: Adam's learning rate for the networks, or for the trained base.
         edit_lr_lr: Adam's learning rate for the layers' alphas.
         gate_lr: Adam's learning rate for the logits of a gated editor's shares.
         c_edit: Weight of the edit loss (0.1 in the paper).
         c_locality: Weight of the locality loss.
+        c_base: Weight of KL(original || trained base) on the locality texts (ENN).
         clip: Largest gradient norm.
         equivalents: Equivalence samples for each edit: first a paraphrase, then the prompt itself.
         neighbors: Neighbouring prompts for each edit whose answers must not move.
@@ -65,6 +70,8 @@ class TrainingConfig:
         chunk: Edits whose graph through the editor is held at a time. In a larger batch the
             editor runs again, chunk by chunk, against the gradient of its factors, so that
             memory for it does not grow with the batch.
+        checkpointing: Run the blocks under the losses again in the backward pass rather than keep
+            what they held: less memory, more time.
         cache_gb: Memory for what is constant in training: hidden states where the edited blocks
             begin, last ones, factors of the edits. 0: they are computed each time, and a resumed
             run then equals an unbroken one to the bit, not only to rounding.
@@ -78,6 +85,7 @@ class TrainingConfig:
     gate_lr: float = 1e-2
     c_edit: float = 0.1
     c_locality: float = 1.0
+    c_base: float = 1.0
     clip: float = 100.0
     equivalents: int = 1
     neighbors: int = 1
@@ -95,6 +103,7 @@ class TrainingConfig:
     reset_statistics: bool = False
     accumulate: int = 1
     chunk: int = 32
+    checkpointing: bool = False
     cache_gb: float = 2.0
     health_after: int = 300
 
@@ -130,8 +139,9 @@ class StepLosses:
         edit: Loss of the equivalents after the edit, nats a token.
         edit_before: The same before it (of the edit itself), nats a token.
         locality: KL(original || edited) on what must not change, nats a token.
-        total: `c_edit * edit + c_locality * locality`.
+        total: `c_edit * edit + c_locality * locality + c_base * base`.
         success: Share of equivalents whose every target token is the most likely one.
+        base: KL(original || trained base) on the same, nats a token; 0 where the base is frozen.
     """
 
     edit: float
@@ -139,6 +149,7 @@ class StepLosses:
     locality: float
     total: float
     success: float
+    base: float = 0.0
 
 
 class TextSampler:
@@ -213,9 +224,9 @@ def _statement(lm: LanguageModel, statement: Statement) -> Tokens:
 class MetaStep:
     """The losses of a batch of edits and their gradient with respect to the editor.
 
-    All edits are captured, transformed and scored together, each sequence under its own edit.
-    The language model's graph ends at the pseudofactors: they are the leaves of its backward
-    pass, and their gradient then runs through the editor.
+    All edits are captured, made and scored together, each sequence under its own edit. The
+    language model's graph ends at the edits' factors: they are the leaves of its backward pass,
+    and their gradient then runs through the editor.
 
     Args:
         editor: What is trained.
@@ -223,10 +234,15 @@ class MetaStep:
         cached: Keep the lower part's output; False recomputes it each time.
     """
 
-    def __init__(self, editor: Mend, config: TrainingConfig, cached: bool = True) -> None:
+    def __init__(
+        self, editor: TrainableEditor, config: TrainingConfig, cached: bool = True
+    ) -> None:
         self.editor, self.config, self.lm = editor, config, editor.lm
-        self.trunk = Trunk(self.lm, editor.layers)
-        self.cache = TrunkCache(self.lm, self.trunk, config.cache_gb if cached else 0.0)
+        self.trunk = Trunk(self.lm, editor.layers, checkpointing=config.checkpointing)
+        self.original = self.trunk
+        if editor.trains_base:
+            self.original = Trunk(editor.original, editor.layers)
+        self.cache = TrunkCache(editor.original, self.original, config.cache_gb if cached else 0.0)
 
     def losses(self, edits: Sequence[EditTexts], backward: bool = True) -> StepLosses:
         """Score a batch; with `backward`, add the gradient of `total` to the editor's `.grad`.
@@ -234,44 +250,52 @@ class MetaStep:
         An editor in training mode takes the rows into its running statistics first.
         """
         editor, config = self.editor, self.config
-        factors, before = self._capture([edit.edit for edit in edits])
         whole = len(edits) <= config.chunk
         with torch.set_grad_enabled(backward and whole):
-            pseudofactors = editor.transform(factors, gather=editor.training)
-            made = editor.update(pseudofactors, factors).folded()
+            captured, before = self._capture([edit.edit for edit in edits])
+            made = editor.edit_batch(captured, gather=editor.training).folded()
         leaves = made.map(lambda tensor: tensor.detach().requires_grad_(backward))
         if not whole:
-            del pseudofactors, made
+            del made
         with torch.set_grad_enabled(backward):
             edit_loss, success = self._equivalents(edits, leaves)
-            locality = self._locality(edits, leaves)
+            locality, base = self._locality(edits, leaves)
         if backward:
             slopes = [leaf.grad for leaf in leaves.tensors()]
             if whole:
                 _backward(made, slopes)
             else:
-                self._chunked_backward(factors, slopes)
-        total = config.c_edit * edit_loss + config.c_locality * locality
-        return StepLosses(edit_loss, before, locality, total, success)
+                self._chunked_backward(captured, slopes)
+        total = config.c_edit * edit_loss + config.c_locality * locality + config.c_base * base
+        return StepLosses(edit_loss, before, locality, total, success, base)
 
-    def _capture(self, texts: Sequence[Tokens]) -> tuple[dict[str, Factors], float]:
+    def _capture(self, texts: Sequence[Tokens]) -> tuple[CapturedEdits, float]:
         """Factors of each text's own loss, `(batch, tokens, width)`, and the mean loss."""
-        nlls, *sides = zip(*self.cache.factors(texts, self._captured), strict=True)
+        if self.editor.trains_base:  # nothing of it is constant
+            rows = self._captured(texts)
+        else:
+            rows = self.cache.factors(texts, self._captured)
+        nlls, said, *sides = zip(*rows, strict=True)
         padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
         factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
-        return factors, torch.stack(nlls).mean().item()
+        return CapturedEdits(tuple(texts), said, factors), torch.stack(nlls).mean().item()
 
     def _captured(self, texts: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
-        """Each text's loss, then u and delta of every layer, rows after the last live one off."""
-        found: dict[int, tuple[Tensor, ...]] = {}
+        """Each text's loss, the model's own answer, and u and delta of every layer, without the
+        rows after the last live one."""
+        editor, found = self.editor, dict[int, tuple[Tensor, ...]]()
+        graph = editor.second_order and torch.is_grad_enabled()
+        again = _again if editor.trains_base else None
         for places in passes(self.lm, texts):
             batch, hidden = self._batch([texts[place] for place in places])
-            with capture(self.editor.layers) as tap:
-                nll = sequence_nll(self.trunk.logits(batch, hidden), batch)
+            with again() if again else nullcontext(), capture(editor.layers, graph) as tap:
+                logits = self.trunk.logits(batch, hidden, again)
+                nll = sequence_nll(logits, batch)
                 factors = tap.factors(nll.sum(), batch.size)
+            said = logits.detach().argmax(-1).split([len(texts[place].targets) for place in places])
             ends = [layer.last_live().tolist() for layer in factors.values()]
             for row, place in enumerate(places):
-                sides = [nll[row].detach()]
+                sides = [nll[row].detach(), said[row].clone()]
                 for layer, end in zip(factors.values(), ends, strict=True):
                     rows = row, slice(end[row] + 1)
                     sides += [layer.activation[rows].clone(), layer.delta[rows].clone()]
@@ -297,19 +321,27 @@ class MetaStep:
             exact.append((per_sequence_mean(right, batch) == 1).float())
         return torch.cat(losses).mean().item(), torch.cat(exact).mean().item()
 
-    def _locality(self, edits: Sequence[EditTexts], leaves: Update) -> float:
-        """Mean KL(original || edited) of what must not change; gradients as `_equivalents`."""
+    def _locality(self, edits: Sequence[EditTexts], leaves: Update) -> tuple[float, float]:
+        """Mean KL of the original to the edited model, and to a trained base, on what must not
+        change; gradients as `_equivalents`."""
         texts, owners = _owned([edit.locality for edit in edits])
-        losses = []
+        edited, moved = [], []
+
+        def divergence(base: Tensor, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+            found = per_sequence_mean(kl(base.to(logits.device), logits), batch)
+            if found.requires_grad:
+                (weight / len(texts) * found.sum()).backward()
+            return found.detach()
+
         for places in passes(self.lm, texts) if texts else ():
             batch, hidden = self._batch([texts[place] for place in places])
-            base = self.trunk.base_logits(self.cache.finals([texts[place] for place in places]))
+            base = self.original.base_logits(self.cache.finals([texts[place] for place in places]))
             logits = self._edited(batch, hidden, leaves, owners[places])
-            divergence = per_sequence_mean(kl(base.to(logits.device), logits), batch)
-            if divergence.requires_grad:
-                (self.config.c_locality / len(texts) * divergence.sum()).backward()
-            losses.append(divergence.detach())
-        return torch.cat(losses).mean().item() if losses else 0.0
+            edited.append(divergence(base, logits, batch, self.config.c_locality))
+            if self.editor.trains_base:
+                logits = self.trunk.logits(batch, hidden, nullcontext)
+                moved.append(divergence(base, logits, batch, self.config.c_base))
+        return tuple(torch.cat(found).mean().item() if found else 0.0 for found in (edited, moved))  # type: ignore[return-value]
 
     def _batch(self, texts: Sequence[Tokens]) -> tuple[Batch, Tensor | None]:
         return collate(self.lm, texts), self.cache.hidden(texts)
@@ -319,48 +351,36 @@ class MetaStep:
     ) -> Tensor:
         """Logits at the targets, each text under the edit that owns it."""
         owners = owners.to(self.lm.device)
-        with overlay(self.lm.model, leaves.map(lambda tensor: tensor[owners.to(tensor.device)])):
-            return self.trunk.logits(batch, hidden)
+        mine = leaves.map(lambda tensor: tensor[owners.to(tensor.device)])
+        again = partial(overlay, self.lm.model, mine)
+        with again():
+            return self.trunk.logits(batch, hidden, again)
 
-    def _chunked_backward(
-        self, factors: Mapping[str, Factors], slopes: Sequence[Tensor | None]
-    ) -> None:
+    def _chunked_backward(self, edits: CapturedEdits, slopes: Sequence[Tensor | None]) -> None:
         """Run the editor once more, some edits at a time, against the gradient of its update."""
-        size, count = self.config.chunk, len(next(iter(factors.values())).delta)
+        size, count = self.config.chunk, len(edits.tokens)
         for part in (slice(first, first + size) for first in range(0, count, size)):
-            some = {n: Factors(f.activation[part], f.delta[part]) for n, f in factors.items()}
             with torch.enable_grad():
-                made = self.editor.update(self.editor.transform(some), some).folded()
+                some = edits[part]
+                if self.editor.second_order:
+                    some, _ = self._capture(some.tokens)
+                made = self.editor.edit_batch(some).folded()
             _backward(made, [slope if slope is None else slope[part] for slope in slopes])
 
 
-class _Divergence(torch.autograd.Function):
-    """KL(base || edited), its gradient softmax(edited) - softmax(base) made in the same pass."""
-
-    @staticmethod
-    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
-        difference, after = log_softmax(base.float(), -1), log_softmax(edited.float(), -1)
-        before = difference.exp()
-        difference -= after
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(after.exp_().sub_(before))
-        return torch.linalg.vecdot(before, difference)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor]:
-        (slope,) = ctx.saved_tensors
-        return None, slope * slopes[0].unsqueeze(-1)
-
-
-def kl(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) of next-token distributions, nats, `(n, vocabulary)` -> `(n,)`."""
-    return _Divergence.apply(base, edited)  # type: ignore[no-any-return]
+@contextmanager
+def _again() -> Iterator[None]:
+    """Attention that can be differentiated twice; layers that run again are not captured again."""
+    with sdpa_kernel(SDPBackend.MATH), capture(()):
+        yield
 
 
 def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:
     """Send the gradient of an update's tensors on into the editor that made it."""
     pairs = [pair for pair in zip(made.tensors(), slopes, strict=True) if pair[0].requires_grad]
-    torch.autograd.backward([tensor for tensor, _ in pairs], [slope for _, slope in pairs])
+    # A batch captured in parts is padded less, by terms that are zero.
+    cut = [slope if slope is None else slope[:, : tensor.shape[1]] for tensor, slope in pairs]
+    torch.autograd.backward([tensor for tensor, _ in pairs], cut)
 
 
 def _owned(texts: Sequence[Sequence[Tokens]]) -> tuple[list[Tokens], Tensor]:
