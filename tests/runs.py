@@ -12,13 +12,16 @@ import torch
 from families import language_model
 
 from workbench.data import EditExample, Statement
+from workbench.editors import EditRequest, TrainableEditor
 from workbench.editors.mend import Mend, MendConfig
+from workbench.encoding import Tokens, tokenize
 from workbench.models import LanguageModel
 from workbench.trainer import Progress, Trainer
-from workbench.training import StepLosses, TrainingConfig
+from workbench.training import EditTexts, StepLosses, TrainingConfig
 
 torch.set_num_threads(1)
 opened = cache(language_model)
+KINDS = ("gpt2", "llama", "t5", "bert")  # Conv1D and Linear, two stacks, a classifier
 # Where the MLP is routed, attention is what can be edited. The gradient at queries and keys is a
 # small difference of large numbers: in float32 too noisy to compare.
 MATRICES = {"mixtral": ("v_proj", "o_proj")}
@@ -46,6 +49,35 @@ def examples(count: int) -> list[EditExample]:
     ]
 
 
+def edits_for(lm: LanguageModel) -> list[EditTexts]:
+    """Three edits of different lengths, with unequal numbers of other texts."""
+    targets = ("LABEL_1", "LABEL_0", "LABEL_1") if lm.kind == "classifier" else ("Lyon", "b", "one")
+
+    def read(prompt: str, target: str) -> Tokens:
+        return tokenize(lm, prompt, target)
+
+    one, two, three = targets
+    near = (read("Spain has", two), read("A dog", one), read("It is said to", three))
+    return [
+        EditTexts(
+            read("France's capital is", one),
+            (read("France has", one), read("Its capital:", one)),
+            near[:2],
+        ),
+        EditTexts(read("She", two), (read("She", two),), near[1:]),
+        EditTexts(read("This and", three), (read("That or this and", three),), near[2:]),
+    ]
+
+
+def requests_for(lm: LanguageModel) -> list[EditRequest]:
+    """Two edits of different lengths."""
+    targets = ("LABEL_1", "LABEL_0") if lm.kind == "classifier" else ("Lyon", "a much longer one")
+    return [
+        EditRequest("The capital of France is", targets[0]),
+        EditRequest("Her name was", targets[1]),
+    ]
+
+
 # Unrelated texts.
 TEXTS = ["The river runs to the sea.", "Bread is made of flour and water."]
 
@@ -70,7 +102,7 @@ RUN = TrainingConfig(
 def trainer_for(
     folder: Path,
     *,
-    editor: Mend | None = None,
+    editor: TrainableEditor | None = None,
     data: Sequence[EditExample] = (),
     on_step: Callable[[Progress, StepLosses], bool | None] | None = None,
     **config: Any,
@@ -87,3 +119,9 @@ def trainer_for(
         card={"data": "items"},
         on_step=on_step,
     )
+
+
+def left_by(trainer: Trainer) -> tuple[dict[str, bytes], Progress]:
+    """All that a run leaves behind."""
+    files = {path.name: path.read_bytes() for path in trainer.folder.iterdir()}
+    return files, trainer.progress

@@ -22,6 +22,10 @@ from workbench.adapters import export_peft, import_peft
 from workbench.cancel import cancellable
 from workbench.editors import (
     Editor,
+    Enn,
+    EnnConfig,
+    Ke,
+    KeConfig,
     Mend,
     MendConfig,
     TrainableEditor,
@@ -45,14 +49,26 @@ def mend(lm: LanguageModel) -> Editor:
     return Mend(lm, MendConfig(rank=4, normalize=False, edit_lr=3.0)).eval()
 
 
+def ke(lm: LanguageModel) -> Editor:
+    # A fresh one takes a step of plain gradient descent.
+    torch.manual_seed(0)
+    return Ke(lm, KeConfig(lstm=4, condition=8, hidden=4, edit_lr=1.0)).eval()
+
+
+def enn(lm: LanguageModel) -> Editor:
+    return Enn(lm, EnnConfig(edit_lr=1.0)).eval()
+
+
 def untrained(name: str, **settings: Any) -> Callable[[LanguageModel], Editor]:
     return lambda lm: editor_class(name).from_settings(lm, settings)
 
 
 # How to make an editor that edits within a moment; a new editor gets its line here.
 MAKERS: dict[str, Callable[[LanguageModel], Editor]] = {
+    "enn": enn,
     "ft": untrained("ft", max_steps=4, lr=1e-2),
     "ft_kl": untrained("ft_kl", max_steps=4, lr=1e-2, c_locality=1.0, texts=2, text_tokens=6),
+    "ke": ke,
     "lora": untrained("lora", max_steps=4, lr=1e-2, rank=2),
     "mend": mend,
     "rome": untrained("rome", block=0, lr=10.0, clamp=80.0, prefixes=1, prefix_words=1, texts=10),

@@ -27,12 +27,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "files", "gguf", "data", "readers", "corpus"),
+    ("cancel", "files", "gguf", "recompute", "data", "readers", "corpus"),
     ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
     ("overlay", "factors", "views"),
     ("editors",),
-    ("training", "trainer", "metrics", "subjects", "probes", "results"),
+    ("training", "sampling", "trainer", "metrics", "subjects", "probes", "results"),
     ("sentences", "rewrites", "neighborhood", "report"),
     ("aggregate", "compare", "probing", "edit", "evaluate", "session", "sessionfile"),
     ("style",),

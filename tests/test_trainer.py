@@ -14,23 +14,18 @@ from typing import Any
 import pytest
 import torch
 from families import language_model
-from runs import RUN, editor_for, examples, trainer_for
+from runs import RUN, editor_for, examples, left_by, trainer_for
 
 from workbench.data import EditExample
 from workbench.editors.base import load_editor
 from workbench.editors.mend import Mend
 from workbench.errors import EditError, EditorError
 from workbench.files import read_tensors, write_tensors
+from workbench.sampling import TextSampler
 from workbench.trainer import CHECKPOINT, Progress, Trainer
-from workbench.training import EditTexts, StepLosses, TextSampler
+from workbench.training import EditTexts, StepLosses
 
 torch.set_num_threads(1)
-
-
-def left_by(trainer: Trainer) -> tuple[dict[str, bytes], Progress]:
-    """All that a run leaves behind."""
-    files = {path.name: path.read_bytes() for path in trainer.folder.iterdir()}
-    return files, trainer.progress
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +189,6 @@ class Noting:
     def batch(self, step: int) -> list[EditTexts]:
         self.drawn.append(step)
         return self.sampler.batch(step)
-
-    def at_once(self, step: int) -> int:
-        return self.sampler.at_once(step)
 
 
 @pytest.mark.parametrize(("late", "first"), [(False, 3), (True, 4)])

@@ -13,7 +13,7 @@ from families import FAMILIES, language_model
 from hypothesis import given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
-from runs import TEXTS, editor_for, examples, opened
+from runs import TEXTS, editor_for, edits_for, examples, opened
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
@@ -25,7 +25,8 @@ from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.training import EditTexts, MetaStep, StepLosses, TextSampler, TrainingConfig
+from workbench.sampling import TextSampler
+from workbench.training import EditTexts, MetaStep, StepLosses, TrainingConfig
 from workbench.updates import Update
 
 
@@ -38,26 +39,6 @@ def stirred(editor: Mend, edits: Sequence[EditTexts]) -> Mend:
             spread = 0.3 * parameter.abs().mean() + 0.01
             parameter += spread * torch.randn(parameter.shape, generator=generator)
     return editor.eval()
-
-
-def edits_for(lm: LanguageModel) -> list[EditTexts]:
-    """Three edits of different lengths, with unequal numbers of other texts."""
-    targets = ("LABEL_1", "LABEL_0", "LABEL_1") if lm.kind == "classifier" else ("Lyon", "b", "one")
-
-    def read(prompt: str, target: str) -> Tokens:
-        return tokenize(lm, prompt, target)
-
-    one, two, three = targets
-    near = (read("Spain has", two), read("A dog", one), read("It is said to", three))
-    return [
-        EditTexts(
-            read("France's capital is", one),
-            (read("France has", one), read("Its capital:", one)),
-            near[:2],
-        ),
-        EditTexts(read("She", two), (read("She", two),), near[1:]),
-        EditTexts(read("This and", three), (read("That or this and", three),), near[2:]),
-    ]
 
 
 # The step, against a plain one
@@ -394,10 +375,10 @@ def test_learning_rates_rise_stay_and_fall(steps: int, warmup: int, decay: float
 
 def test_a_step_draws_how_many_edits_are_live_together():
     config = TrainingConfig(batch=8, at_once=4)
-    sampler = TextSampler(opened("gpt2"), examples(4), TEXTS, config)
-    drawn = [sampler.at_once(step) for step in range(60)]
+    drawn = [config.together(step) for step in range(60)]
     assert set(drawn) == {1, 2, 4}
-    assert drawn == [sampler.at_once(step) for step in range(60)]
+    assert drawn == [config.together(step) for step in range(60)]
+    assert drawn != [replace(config, seed=1).together(step) for step in range(60)]
 
 
 @pytest.mark.parametrize("at_once", [3, 16])

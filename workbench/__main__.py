@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _model(edit, editor=True)
 
     train = commands.add_parser("train", help="meta-train an editor")
-    train.add_argument("--editor", default="mend", choices=["mend"])
+    train.add_argument("--editor", default="mend", choices=["mend", "ke", "enn"])
     train.add_argument("--data", action="append", required=True, metavar="FORMAT[:PATH]")
     train.add_argument("--split", default="train", help="split to train on ('all': whole files)")
     train.add_argument(
@@ -107,13 +107,19 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    """Flags for every field of the editor's and the training's settings."""
-    from workbench.editors import MendConfig
+    """Flags for every field of the editors' and the training's settings."""
+    from workbench.editors import trainable_editors
     from workbench.training import TrainingConfig
 
-    for title, config in (("editor settings", MendConfig), ("training settings", TrainingConfig)):
+    editors = {name: fields(cls.config_class) for name, cls in trainable_editors().items()}
+    common = set.intersection(*({field.name for field in own} for own in editors.values()))
+    groups = {"settings of every editor": [f for f in editors["mend"] if f.name in common]}
+    for name, own in editors.items():
+        groups[f"settings of {name}"] = [field for field in own if field.name not in common]
+    groups["settings of training"] = list(fields(TrainingConfig))
+    for title, settings in groups.items():
         group = parser.add_argument_group(title)
-        for field in fields(config):
+        for field in settings:
             flag = f"--{field.name.replace('_', '-')}"
             default = None if field.default is MISSING else field.default
             if isinstance(default, bool):

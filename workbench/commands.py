@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten
@@ -19,11 +19,11 @@ from workbench.corpus import SENTENCES
 from workbench.data import Dataset, read, texts
 from workbench.editors import (
     Mend,
-    MendConfig,
     TrainableEditor,
     load_editor,
     open_editor,
     save_editor,
+    trainable_editors,
 )
 from workbench.errors import EditorError
 from workbench.evaluate import EvaluationConfig
@@ -65,7 +65,7 @@ def _print_comparison(comparison: Comparison) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Meta-train a MEND editor on one or several data sets."""
+    """Meta-train an editor on one or several data sets."""
     lm = _open(options)
     split = None if options.split == "all" else options.split
     examples = [e for spec in options.data for e in _read(spec, split, options)]
@@ -75,8 +75,10 @@ def train(options: argparse.Namespace) -> None:
         validation = [e for spec in options.data for e in _read(spec, "dev", options)]
         examples = [e for e in examples if e.split != "dev"]  # what is looked at is not learned
     unrelated = texts(options.unrelated, split=split) if options.unrelated else list(SENTENCES)
-    config = TrainingConfig(**settings_of(TrainingConfig, options))
-    editor = _new_editor(lm, options, config.seed)
+    cls = trainable_editors()[options.editor]
+    given = settings_of(TrainingConfig, options)
+    config = TrainingConfig(**{**cls.training_defaults, **given})
+    editor = _new_editor(cls, lm, options, config.seed)
     # Spread over the whole file, not its beginning.
     validation = validation[:: max(1, len(validation) // max(1, config.validation))]
     trainer = Trainer(
@@ -100,17 +102,29 @@ def train(options: argparse.Namespace) -> None:
     )
 
 
-def _new_editor(lm: LanguageModel, options: argparse.Namespace, seed: int) -> Mend:
+def _new_editor(
+    cls: type[TrainableEditor], lm: LanguageModel, options: argparse.Namespace, seed: int
+) -> TrainableEditor:
     """A fresh editor, or a copy of the one that training starts from, given a gate if asked."""
-    settings = settings_of(MendConfig, options)
+    settings = settings_of(cls.config_class, options)
+    for other in trainable_editors().values():
+        foreign = settings_of(other.config_class, options).keys() - settings.keys()
+        if foreign:
+            raise EditorError(
+                f"{_flags(foreign)}: {other.name} has such settings, {cls.name} has not. Its own: "
+                f"{_flags(field.name for field in fields(cls.config_class))}."
+            )
     if not options.start:
         torch.manual_seed(seed)
-        return Mend(lm, MendConfig(**settings))
+        return cls.from_settings(lm, settings)
     editor = load_editor(options.start, lm)
-    if not isinstance(editor, Mend):
-        raise EditorError(f"{options.start} holds a {editor.name!r} editor; --start takes MEND's.")
+    if not isinstance(editor, cls):
+        raise EditorError(
+            f"{options.start} holds a {editor.name!r} editor: start from it with --editor "
+            f"{editor.name}."
+        )
     other = {k: v for k, v in settings.items() if getattr(editor.config, k) != v}
-    if other.keys() == {"gate"} and not editor.config.gate:
+    if isinstance(editor, Mend) and other.keys() == {"gate"} and not editor.config.gate:
         return editor.gated(other["gate"])
     if other:
         raise EditorError(
@@ -118,6 +132,10 @@ def _new_editor(lm: LanguageModel, options: argparse.Namespace, seed: int) -> Me
             f"(--start brings its own), or leave out --start to train a new editor."
         )
     return editor
+
+
+def _flags(settings: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(settings))
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
 from workbench.data import EditExample, Statement
-from workbench.editors import Editor, EditRequest
+from workbench.editors import Editor, EditRequest, TrainableEditor
 from workbench.encoding import Tokens, collate, kl, passes, tokenize, tokenize_text
 from workbench.errors import EditError
 from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
@@ -64,6 +64,9 @@ def evaluate(
 ) -> EditorScores:
     """Make each example's edit, alone or with others, and measure what it changed.
 
+    Before the edit is the model that the editor edits: for ENN its trained base, whose own losses
+    against the original are given apart (`base_drawdown`).
+
     Args:
         editor: Makes the updates.
         examples: What to edit.
@@ -100,16 +103,22 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a text's targets showed, averaged over them; pairs are before and after."""
+    """What a text's targets showed, averaged over them; pairs are before and after.
+
+    The original's accuracy is that before the editor's own training, where that changes the model.
+    """
 
     exact: float
     kept: float
     divergence: float
     loss: tuple[float, float]
     accuracy: tuple[float, float]
+    original: float | None
 
     @classmethod
-    def of(cls, base: Tensor, edited: Tensor, targets: Tensor) -> _Seen:
+    def of(
+        cls, base: Tensor, edited: Tensor, targets: Tensor, original: Tensor | None = None
+    ) -> _Seen:
         """Compare logits at a text's targets, `(n, vocabulary)`."""
         before, after = base.argmax(-1), edited.argmax(-1)
         return cls(
@@ -117,7 +126,8 @@ class _Seen:
             kept=(before == after).float().mean().item(),
             divergence=kl(base, edited).mean().item(),
             loss=(_loss(base, targets), _loss(edited, targets)),
-            accuracy=tuple((t == targets).float().mean().item() for t in (before, after)),  # type: ignore[arg-type]
+            accuracy=(_accuracy(base, targets), _accuracy(edited, targets)),
+            original=None if original is None else _accuracy(original, targets),
         )
 
 
@@ -129,7 +139,9 @@ _EDITS, _NUMBERS, _TEXTS = 8, 2**26, 256
 class _Judge:
     def __init__(self, editor: Editor, config: EvaluationConfig, texts: Sequence[str]) -> None:
         self.editor, self.config, self.lm, self.texts = editor, config, editor.lm, texts
-        self.trunk = Trunk(self.lm, editor.layers)
+        self.trunk, self.original = Trunk(self.lm, editor.layers), None
+        if isinstance(editor, TrainableEditor) and editor.trains_base:
+            self.original = Trunk(editor.original, editor.layers)
 
     def score(self, examples: Sequence[EditExample]) -> list[EditScores]:
         """Scores of the first examples: as many as are fit for one round."""
@@ -212,12 +224,15 @@ class _Judge:
             with overlay(self.lm.model, update):
                 edited = self.trunk.logits(batch, hidden)
             counts = [len(look.text.targets) for look in heads]
-            for before, after, indices in zip(
-                base.split(counts), edited.split(counts), group, strict=True
+            original = [None] * len(counts)
+            if self.original:
+                original = self.original.logits(batch, hidden).split(counts)
+            for before, after, raw, indices in zip(
+                base.split(counts), edited.split(counts), original, group, strict=True
             ):
                 for index in indices:
                     targets = torch.tensor(looks[index].text.targets, device=before.device)
-                    seen[index] = _Seen.of(before, after, targets)
+                    seen[index] = _Seen.of(before, after, targets, raw)
 
 
 def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[_Seen]]) -> None:
@@ -229,6 +244,9 @@ def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[
     scores.kl_neighborhood = mean_or_none(s.divergence for s in near)
     scores.unrelated_kept = mean_or_none(s.kept for s in far)
     scores.drawdown = mean_or_none(s.accuracy[0] - s.accuracy[1] for s in far)
+    scores.base_drawdown = mean_or_none(
+        s.original - s.accuracy[0] for s in far if s.original is not None
+    )
     # Where the neighbour's own answer is the edit's target, neither can be preferred.
     rivals = [
         (true.loss, new.loss)
@@ -249,6 +267,10 @@ def _neighbors(example: EditExample) -> tuple[Statement, ...]:
 def _answered(statements: Sequence[Statement], most: int) -> list[tuple[Statement, str]]:
     """The first statements that have an answer, with it."""
     return [(s, s.answer) for s in statements if s.answer][:most]
+
+
+def _accuracy(logits: Tensor, targets: Tensor) -> float:
+    return (logits.argmax(-1) == targets).float().mean().item()
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:

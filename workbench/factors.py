@@ -47,8 +47,8 @@ _active: ContextVar[Capture | None] = ContextVar("workbench_capture", default=No
 class Capture:
     """Records inputs and outputs of layers during a forward pass; made by `capture`."""
 
-    def __init__(self, layers: Sequence[EditableLayer]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[EditableLayer], graph: bool) -> None:
+        self._layers, self._graph = layers, graph
         self._calls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def record(self, name: str, inputs: Tensor, output: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Capture:
         # Frozen parameters leave the first edited layer's output without a graph: it is a leaf.
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        self._calls[name] = (inputs.detach(), output)
+        self._calls[name] = (inputs if self._graph else inputs.detach(), output)
         return output
 
     def factors(self, loss: Tensor, sequences: int = 1) -> dict[str, Factors]:
@@ -74,8 +74,8 @@ class Capture:
                 (mixture-of-experts blocks flatten them).
 
         Returns:
-            Layer name -> `Factors`, detached, in the layers' order. Layers that do not reach the
-            loss have zero delta.
+            Layer name -> `Factors`, in the layers' order, detached unless the capture keeps the
+            graph. Layers that do not reach the loss have zero delta.
 
         Raises:
             EditError: The forward pass never ran some of the layers.
@@ -85,7 +85,7 @@ class Capture:
             raise EditError(f"The forward pass never ran these layers: {', '.join(missing)}.")
         calls = {layer.name: self._calls[layer.name] for layer in self._layers}
         outputs = [output for _, output in calls.values()]
-        deltas = torch.autograd.grad(loss, outputs, allow_unused=True)
+        deltas = torch.autograd.grad(loss, outputs, allow_unused=True, create_graph=self._graph)
         found = {}
         for (name, (activation, output)), delta in zip(calls.items(), deltas, strict=True):
             delta = torch.zeros_like(output) if delta is None else delta
@@ -98,16 +98,17 @@ class Capture:
 
 
 @contextmanager
-def capture(layers: Sequence[EditableLayer]) -> Iterator[Capture]:
+def capture(layers: Sequence[EditableLayer], graph: bool = False) -> Iterator[Capture]:
     """Watch layers during one forward pass run inside the `with`.
 
     The recorded deltas come from autograd with respect to the layers' outputs, so that nothing
     below the first of them is differentiated and no `.grad` appears anywhere.
 
     Args:
-        layers: What `LanguageModel.layers` returns.
+        layers: What `LanguageModel.layers` returns; none silences a capture around this one.
+        graph: Factors stay functions of the weights that require grad, to be differentiated again.
     """
-    tap = Capture(layers)
+    tap = Capture(layers, graph)
     with ExitStack() as stack, torch.enable_grad():
         for layer in layers:
             handle = layer.module.register_forward_hook(_recorder(tap, layer.name))

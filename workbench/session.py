@@ -30,12 +30,13 @@ class Workbench:
     """A frozen model, an editor, and one user's live edits.
 
     Args:
-        lm: The model; may be shared with other workbenches.
+        lm: The model; may be shared with other workbenches. What is edited is the editor's own,
+            which over a trained base (ENN) is a view of it.
         editor: Turns requests into updates; may be shared too.
     """
 
     def __init__(self, lm: LanguageModel, editor: Editor) -> None:
-        self.lm, self.editor = lm, editor
+        self.lm, self.editor = editor.lm, editor
         self._stack = EditStack()
         self._edits: dict[int, Edit] = {}
         self._observers: list[Callable[[], object]] = []
@@ -360,9 +361,11 @@ class Workbench:
             EditError: No readable session there, or it was made over another model.
         """
         saved = read_session(folder)
-        lm = workbench.lm if workbench else open_model(saved.model, **saved.precision | options)
-        saved.check(lm)
-        bench = cls(lm, workbench.editor if workbench else saved.open_editor(lm))
+        if workbench is None:
+            opened = open_model(saved.model, **saved.precision | options)
+            workbench = cls(opened, saved.open_editor(opened))
+        saved.check(workbench.lm)
+        bench = workbench.fork()
         for item in saved.edits:
             edit = bench._push(
                 item.requests, item.update.to(bench.lm.device), item.seconds, item.trace

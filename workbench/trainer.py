@@ -15,8 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from workbench.data import EditExample
-from workbench.editors.base import save_editor
-from workbench.editors.mend import Mend
+from workbench.editors.base import TrainableEditor, save_editor
 from workbench.errors import EditorError
 from workbench.files import (
     flat_optimizer,
@@ -25,7 +24,8 @@ from workbench.files import (
     write_tensors,
     write_text,
 )
-from workbench.training import MetaStep, StepLosses, TextSampler, TrainingConfig
+from workbench.sampling import TextSampler
+from workbench.training import MetaStep, StepLosses, TrainingConfig
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -50,7 +50,7 @@ class Progress:
 
 
 class Trainer:
-    """Meta-trains a MEND editor and keeps the best one in a folder.
+    """Meta-trains an editor and keeps the best one in a folder.
 
     Args:
         editor: Trained in place.
@@ -67,7 +67,7 @@ class Trainer:
 
     def __init__(
         self,
-        editor: Mend,
+        editor: TrainableEditor,
         examples: Sequence[EditExample],
         texts: Sequence[str],
         config: TrainingConfig,
@@ -83,13 +83,11 @@ class Trainer:
         chooser = random.Random(config.seed)
         self._looks = [self.sampler.texts(e, chooser) for e in validation[: config.validation]]
         self._card, self._on_step = card or {}, on_step
-        alpha_lr = config.lr if config.one_alpha_optimizer else config.edit_lr_lr
+        alphas = {"edit_lr_lr": "lr"} if config.one_alpha_optimizer else {}
         groups = [
-            {"params": list(editor.networks.parameters()), "base_lr": config.lr},
-            {"params": [editor.edit_lrs], "base_lr": alpha_lr},
+            {"params": parameters, "base_lr": getattr(config, alphas.get(name, name))}
+            for name, parameters in editor.learned().items()
         ]
-        if editor.gate_logits is not None:
-            groups.append({"params": [editor.gate_logits], "base_lr": config.gate_lr})
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.progress = Progress()
         # Health compares the edit losses of two windows: the first steps and the latest.
@@ -146,7 +144,7 @@ class Trainer:
         late = int(config.late_first_step)
         first = step * config.accumulate + (late if step else 0)
         for index in range(first, (step + 1) * config.accumulate + late):
-            at_once = self.sampler.at_once(index)
+            at_once = config.together(index)
             losses = self.meta.losses(self.sampler.batch(index), at_once=at_once)
             self._check_finite(losses)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from workbench.data import EditExample, Statement
-from workbench.editors.mend import Mend
+from workbench.editors.base import CapturedEdits, TrainableEditor
 from workbench.encoding import (
     Batch,
     Tokens,
@@ -21,12 +22,9 @@ from workbench.encoding import (
     passes,
     per_sequence_mean,
     sequence_nll,
-    tokenize,
-    tokenize_text,
 )
-from workbench.errors import EditError, EditorError
+from workbench.errors import EditorError
 from workbench.factors import Factors, capture
-from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import Update
 from workbench.views import Trunk, TrunkCache
@@ -34,18 +32,21 @@ from workbench.views import Trunk, TrunkCache
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of meta-training; the defaults are the paper's where it gives one.
+    """Settings of meta-training; the defaults are the paper's for MEND where it gives one.
+
+    Learning rates and weights of what an editor does not have are not looked at.
 
     Args:
         steps: Optimiser steps.
         batch: Edits in one step, all captured, transformed and scored together.
         at_once: Most edits that are live together when their texts are scored. Each step draws
             a power of 2 up to it, so that an editor learns to edit alone and in company.
-        lr: Adam's learning rate for the networks.
+        lr: Adam's learning rate for the networks, or for the trained base.
         edit_lr_lr: Adam's learning rate for the layers' alphas.
         gate_lr: Adam's learning rate for the logits of a gated editor's shares.
         c_edit: Weight of the edit loss (0.1 in the paper).
         c_locality: Weight of the locality loss.
+        c_base: Weight of KL(original || trained base) on the locality texts (ENN).
         clip: Largest gradient norm.
         equivalents: Equivalence samples for each edit: first a paraphrase, then the prompt itself.
         neighbors: Neighbouring prompts for each edit whose answers must not move.
@@ -66,6 +67,8 @@ class TrainingConfig:
         chunk: Edits whose graph through the editor is held at a time. In a larger batch the
             editor runs again, chunk by chunk, against the gradient of its factors, so that
             memory for it does not grow with the batch.
+        checkpointing: Run the blocks under the losses again in the backward pass rather than keep
+            what they held: less memory, more time.
         cache_gb: Memory for what is constant in training: hidden states where the edited blocks
             begin, last ones, factors of the edits. 0: they are computed each time, and a resumed
             run then equals an unbroken one to the bit, not only to rounding.
@@ -80,6 +83,7 @@ class TrainingConfig:
     gate_lr: float = 1e-2
     c_edit: float = 0.1
     c_locality: float = 1.0
+    c_base: float = 1.0
     clip: float = 100.0
     equivalents: int = 1
     neighbors: int = 1
@@ -97,6 +101,7 @@ class TrainingConfig:
     reset_statistics: bool = False
     accumulate: int = 1
     chunk: int = 32
+    checkpointing: bool = False
     cache_gb: float = 2.0
     health_after: int = 300
 
@@ -112,6 +117,11 @@ class TrainingConfig:
             )
         if not 0 <= self.decay <= 1:
             raise EditorError(f"decay is a share of the steps, 0 to 1; got {self.decay}.")
+
+    def together(self, step: int) -> int:
+        """How many edits of a step's batch are live together."""
+        chooser = random.Random(f"{self.seed}:together:{step}")
+        return 1 << chooser.randrange(self.at_once.bit_length())
 
     def lr_factor(self, step: int) -> float:
         """What the learning rates are multiplied by at a step (0-based)."""
@@ -137,8 +147,9 @@ class StepLosses:
         edit: Loss of the equivalents after the edit, nats a token.
         edit_before: The same before it (of the edit itself), nats a token.
         locality: KL(original || edited) on what must not change, nats a token.
-        total: `c_edit * edit + c_locality * locality`.
+        total: `c_edit * edit + c_locality * locality + c_base * base`.
         success: Share of equivalents whose every target token is the most likely one.
+        base: KL(original || trained base) on the same, nats a token; 0 where the base is frozen.
     """
 
     edit: float
@@ -146,88 +157,15 @@ class StepLosses:
     locality: float
     total: float
     success: float
-
-
-class TextSampler:
-    """Draws each step's batch: which edits, which of their equivalents and neighbours.
-
-    Args:
-        lm: For its tokenizer.
-        examples: Training examples.
-        texts: Unrelated texts.
-        config: How many of each.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        examples: Sequence[EditExample],
-        texts: Sequence[str],
-        config: TrainingConfig,
-    ) -> None:
-        if not examples:
-            raise EditorError("There are no training examples. Check the data's path and split.")
-        self._lm, self._examples, self._texts, self._config = lm, examples, texts, config
-
-    def batch(self, step: int) -> list[EditTexts]:
-        """The edits of one step; each epoch goes through all examples in a new order."""
-        size, n = self._config.batch, len(self._examples)
-        chooser = random.Random(f"{self._config.seed}:{step}")
-        return [self.texts(self._pick(step * size + k, n), chooser) for k in range(size)]
-
-    def at_once(self, step: int) -> int:
-        """How many edits of a step's batch are live together."""
-        chooser = random.Random(f"{self._config.seed}:together:{step}")
-        return 1 << chooser.randrange(self._config.at_once.bit_length())
-
-    def _pick(self, position: int, n: int) -> EditExample:
-        # A random affine walk visits every example once an epoch, with no list to keep or save.
-        epoch, place = divmod(position, n)
-        chooser = random.Random(f"{self._config.seed}:epoch:{epoch}")
-        start, stride = chooser.randrange(n), chooser.randrange(1, n + 1)
-        while math.gcd(stride, n) != 1:
-            stride += 1
-        return self._examples[(start + place * stride) % n]
-
-    def texts(self, example: EditExample, chooser: random.Random) -> EditTexts:
-        """One example's texts, its equivalents and neighbours drawn by `chooser`."""
-        try:
-            return self._tokenized(example, chooser)
-        except EditError as error:
-            raise EditError(f"Training example {example.id!r}: {error}") from error
-
-    def _tokenized(self, example: EditExample, chooser: random.Random) -> EditTexts:
-        lm, config = self._lm, self._config
-        others = list(example.paraphrases)
-        chooser.shuffle(others)
-        wordings = [*others[: max(1, config.equivalents - 1)], example.prompt]
-        near = [s for s in (*example.neighbors, *example.same_subject) if s.answer]
-        chooser.shuffle(near)
-        far = [s for s in example.unrelated if s.answer]
-        locality = [_statement(lm, s) for s in near[: config.neighbors]]
-        for _ in range(config.texts):
-            if far and (not self._texts or chooser.random() < 0.5):
-                locality.append(_statement(lm, chooser.choice(far)))
-            elif self._texts:
-                text = chooser.choice(self._texts)
-                locality.append(tokenize_text(lm, text, config.text_tokens))
-        return EditTexts(
-            tokenize(lm, example.prompt, example.target),
-            tuple(tokenize(lm, w, example.target) for w in wordings[: config.equivalents]),
-            tuple(locality),
-        )
-
-
-def _statement(lm: LanguageModel, statement: Statement) -> Tokens:
-    return tokenize(lm, statement.prompt, statement.answer or "")
+    base: float = 0.0
 
 
 class MetaStep:
     """The losses of a batch of edits and their gradient with respect to the editor.
 
-    All edits are captured, transformed and scored together, each sequence under its own edit.
-    The language model's graph ends at the pseudofactors: they are the leaves of its backward
-    pass, and their gradient then runs through the editor.
+    All edits are captured, made and scored together, each sequence under its own edit. The
+    language model's graph ends at the edits' factors: they are the leaves of its backward pass,
+    and their gradient then runs through the editor.
 
     Args:
         editor: What is trained.
@@ -235,10 +173,15 @@ class MetaStep:
         cached: Keep the lower part's output; False recomputes it each time.
     """
 
-    def __init__(self, editor: Mend, config: TrainingConfig, cached: bool = True) -> None:
+    def __init__(
+        self, editor: TrainableEditor, config: TrainingConfig, cached: bool = True
+    ) -> None:
         self.editor, self.config, self.lm = editor, config, editor.lm
-        self.trunk = Trunk(self.lm, editor.layers)
-        self.cache = TrunkCache(self.lm, self.trunk, config.cache_gb if cached else 0.0)
+        self.trunk = Trunk(self.lm, editor.layers, checkpointing=config.checkpointing)
+        self.original = self.trunk
+        if editor.trains_base:
+            self.original = Trunk(editor.original, editor.layers)
+        self.cache = TrunkCache(editor.original, self.original, config.cache_gb if cached else 0.0)
 
     def losses(
         self, edits: Sequence[EditTexts], backward: bool = True, at_once: int = 1
@@ -254,45 +197,53 @@ class MetaStep:
                 them; divides their number.
         """
         editor, config = self.editor, self.config
-        factors, before = self._capture([edit.edit for edit in edits])
         whole = len(edits) <= config.chunk
         with torch.set_grad_enabled(backward and whole):
-            pseudofactors = editor.transform(factors, gather=editor.training)
-            made = editor.update(pseudofactors, factors).folded()
+            captured, before = self._capture([edit.edit for edit in edits])
+            made = editor.edit_batch(captured, gather=editor.training).folded()
             made = made.map(lambda terms: terms.unflatten(0, (-1, at_once)).flatten(1, 2))
         leaves = made.map(lambda tensor: tensor.detach().requires_grad_(backward))
         if not whole:
-            del pseudofactors, made
+            del made
         with torch.set_grad_enabled(backward):
             edit_loss, success = self._equivalents(edits, leaves, at_once)
-            locality = self._locality(edits, leaves, at_once)
+            locality, base = self._locality(edits, leaves, at_once)
         if backward:
             slopes = [leaf.grad for leaf in leaves.tensors()]
             if whole:
                 _backward(made, slopes)
             else:
-                self._chunked_backward(factors, slopes, at_once)
-        total = config.c_edit * edit_loss + config.c_locality * locality
-        return StepLosses(edit_loss, before, locality, total, success)
+                self._chunked_backward(captured, slopes, at_once)
+        total = config.c_edit * edit_loss + config.c_locality * locality + config.c_base * base
+        return StepLosses(edit_loss, before, locality, total, success, base)
 
-    def _capture(self, texts: Sequence[Tokens]) -> tuple[dict[str, Factors], float]:
+    def _capture(self, texts: Sequence[Tokens]) -> tuple[CapturedEdits, float]:
         """Factors of each text's own loss, `(batch, tokens, width)`, and the mean loss."""
-        nlls, *sides = zip(*self.cache.factors(texts, self._captured), strict=True)
+        if self.editor.trains_base:  # nothing of it is constant
+            rows = self._captured(texts)
+        else:
+            rows = self.cache.factors(texts, self._captured)
+        nlls, said, *sides = zip(*rows, strict=True)
         padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
         factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
-        return factors, torch.stack(nlls).mean().item()
+        return CapturedEdits(tuple(texts), said, factors), torch.stack(nlls).mean().item()
 
     def _captured(self, texts: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
-        """Each text's loss, then u and delta of every layer, rows after the last live one off."""
-        found: dict[int, tuple[Tensor, ...]] = {}
+        """Each text's loss, the model's own answer, and u and delta of every layer, without the
+        rows after the last live one."""
+        editor, found = self.editor, dict[int, tuple[Tensor, ...]]()
+        graph = editor.second_order and torch.is_grad_enabled()
+        again = _again if editor.trains_base else None
         for places in passes(self.lm, texts):
             batch, hidden = self._batch([texts[place] for place in places])
-            with capture(self.editor.layers) as tap:
-                nll = sequence_nll(self.trunk.logits(batch, hidden), batch)
+            with again() if again else nullcontext(), capture(editor.layers, graph) as tap:
+                logits = self.trunk.logits(batch, hidden, again)
+                nll = sequence_nll(logits, batch)
                 factors = tap.factors(nll.sum(), batch.size)
+            said = logits.detach().argmax(-1).split([len(texts[place].targets) for place in places])
             ends = [layer.last_live().tolist() for layer in factors.values()]
             for row, place in enumerate(places):
-                sides = [nll[row].detach()]
+                sides = [nll[row].detach(), said[row].clone()]
                 for layer, end in zip(factors.values(), ends, strict=True):
                     rows = row, slice(end[row] + 1)
                     sides += [layer.activation[rows].clone(), layer.delta[rows].clone()]
@@ -320,19 +271,29 @@ class MetaStep:
             exact.append((per_sequence_mean(right, batch) == 1).float())
         return torch.cat(losses).mean().item(), torch.cat(exact).mean().item()
 
-    def _locality(self, edits: Sequence[EditTexts], leaves: Update, at_once: int) -> float:
-        """Mean KL(original || edited) of what must not change; gradients as `_equivalents`."""
+    def _locality(
+        self, edits: Sequence[EditTexts], leaves: Update, at_once: int
+    ) -> tuple[float, float]:
+        """Mean KL of the original to the edited model, and to a trained base, on what must not
+        change; gradients as `_equivalents`."""
         texts, owners = _owned([edit.locality for edit in edits], at_once)
-        losses = []
+        edited, moved = [], []
+
+        def divergence(base: Tensor, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+            found = per_sequence_mean(kl(base.to(logits.device), logits), batch)
+            if found.requires_grad:
+                (weight / len(texts) * found.sum()).backward()
+            return found.detach()
+
         for places in passes(self.lm, texts) if texts else ():
             batch, hidden = self._batch([texts[place] for place in places])
-            base = self.trunk.base_logits(self.cache.finals([texts[place] for place in places]))
+            base = self.original.base_logits(self.cache.finals([texts[place] for place in places]))
             logits = self._edited(batch, hidden, leaves, owners[places])
-            divergence = per_sequence_mean(kl(base.to(logits.device), logits), batch)
-            if divergence.requires_grad:
-                (self.config.c_locality / len(texts) * divergence.sum()).backward()
-            losses.append(divergence.detach())
-        return torch.cat(losses).mean().item() if losses else 0.0
+            edited.append(divergence(base, logits, batch, self.config.c_locality))
+            if self.editor.trains_base:
+                logits = self.trunk.logits(batch, hidden, nullcontext)
+                moved.append(divergence(base, logits, batch, self.config.c_base))
+        return tuple(torch.cat(found).mean().item() if found else 0.0 for found in (edited, moved))  # type: ignore[return-value]
 
     def _batch(self, texts: Sequence[Tokens]) -> tuple[Batch, Tensor | None]:
         return collate(self.lm, texts), self.cache.hidden(texts)
@@ -343,27 +304,39 @@ class MetaStep:
         """Logits at the targets, each text under the edits that own it."""
         owners = owners.to(self.lm.device)
         single = all(len(tensor) == 1 for tensor in leaves.tensors())
-        update = leaves.map(lambda t: t[0] if single else t[owners.to(t.device)])
-        with overlay(self.lm.model, update):
-            return self.trunk.logits(batch, hidden)
+        mine = leaves.map(lambda t: t[0] if single else t[owners.to(t.device)])
+        again = partial(overlay, self.lm.model, mine)
+        with again():
+            return self.trunk.logits(batch, hidden, again)
 
     def _chunked_backward(
-        self, factors: Mapping[str, Factors], slopes: Sequence[Tensor | None], at_once: int
+        self, edits: CapturedEdits, slopes: Sequence[Tensor | None], at_once: int
     ) -> None:
         """Run the editor once more, some edits at a time, against the gradient of its update."""
         apart = [s if s is None else s.unflatten(1, (at_once, -1)).flatten(0, 1) for s in slopes]
-        size, count = self.config.chunk, len(next(iter(factors.values())).delta)
+        size, count = self.config.chunk, len(edits.tokens)
         for part in (slice(first, first + size) for first in range(0, count, size)):
-            some = {n: Factors(f.activation[part], f.delta[part]) for n, f in factors.items()}
             with torch.enable_grad():
-                made = self.editor.update(self.editor.transform(some), some).folded()
+                some = edits[part]
+                if self.editor.second_order:
+                    some, _ = self._capture(some.tokens)
+                made = self.editor.edit_batch(some).folded()
             _backward(made, [slope if slope is None else slope[part] for slope in apart])
+
+
+@contextmanager
+def _again() -> Iterator[None]:
+    """Attention that can be differentiated twice; layers that run again are not captured again."""
+    with sdpa_kernel(SDPBackend.MATH), capture(()):
+        yield
 
 
 def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:
     """Send the gradient of an update's tensors on into the editor that made it."""
     pairs = [pair for pair in zip(made.tensors(), slopes, strict=True) if pair[0].requires_grad]
-    torch.autograd.backward([tensor for tensor, _ in pairs], [slope for _, slope in pairs])
+    # A batch captured in parts is padded less, by terms that are zero.
+    cut = [slope if slope is None else slope[:, : tensor.shape[1]] for tensor, slope in pairs]
+    torch.autograd.backward([tensor for tensor, _ in pairs], cut)
 
 
 def _owned(texts: Sequence[Sequence[Tokens]], at_once: int) -> tuple[list[Tokens], Tensor]:

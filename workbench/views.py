@@ -21,6 +21,7 @@ from workbench.encoding import Batch, Tokens, collate
 from workbench.errors import EditError, ModelError
 from workbench.layers import EditableLayer, Stack
 from workbench.models import LanguageModel
+from workbench.recompute import Again, run_twice
 
 # Where logits are wanted in this thread's forward pass: rows and columns of the hidden states.
 _positions: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar(
@@ -33,6 +34,7 @@ class _Resumed:
     """What enters the upper part of a model, and what the blocks below share with those above."""
 
     hidden: Tensor | None
+    again: Again | None = None
     extras: tuple[Any, ...] = ()
 
 
@@ -76,9 +78,11 @@ class _Skip(_Standin):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         resumed = _resumed.get()
-        if self._first and self._trunk.tuples:
+        if self._first and self._trunk.tuples is not False:
             with torch.no_grad():
-                resumed.extras = self._block[0](hidden_states, *args, **kwargs)[1:]
+                output = self._block[0](hidden_states, *args, **kwargs)
+            self._trunk.tuples = isinstance(output, tuple)
+            resumed.extras = output[1:] if self._trunk.tuples else ()
         hidden = resumed.hidden if self._last else hidden_states
         return (hidden, *resumed.extras) if self._trunk.tuples else hidden
 
@@ -88,6 +92,14 @@ class _StopAfter(_Standin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise _Reached(self._block[0](*args, **kwargs))
+
+
+class _Twice(_Standin):
+    """Runs a block, and once more in the backward pass where that is asked for."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        again, block = _resumed.get().again, self._block[0]
+        return run_twice(block, again, *args, **kwargs) if again else block(*args, **kwargs)
 
 
 class _Reached(Exception):
@@ -105,18 +117,26 @@ class Trunk:
     Args:
         lm: The frozen model.
         layers: The layers that edits change.
+        checkpointing: `logits` can run blocks again rather than keep what they held.
     """
 
-    def __init__(self, lm: LanguageModel, layers: Sequence[EditableLayer]) -> None:
+    def __init__(
+        self, lm: LanguageModel, layers: Sequence[EditableLayer], *, checkpointing: bool = False
+    ) -> None:
         self._lm = lm
-        self.tuples = False  # whether blocks return tuples, known once one has run
+        self.tuples: bool | None = None  # whether blocks return tuples, known once one has run
         first, last = lm.stacks[0], lm.stacks[-1]
         edited = [layer.block for layer in layers if layer.stack == first.name]
         self.start = min(edited, default=len(first.blocks))
         below = self._skips(first, self.start)
         stop = {f"{last.path}.{len(last.blocks) - 1}": _StopAfter(last.blocks[-1])}
         everything = {k: v for stack in lm.stacks for k, v in self._skips(stack).items()}
-        self._upper = shallow(lm.model, below | _head(lm))
+        twice = {
+            f"{stack.path}.{i}": _Twice(block)
+            for stack in (lm.stacks if checkpointing else ())
+            for i, block in enumerate(stack.blocks)
+        }
+        self._upper = shallow(lm.model, twice | below | _head(lm))
         self._upper_body = shallow(lm.model, below | stop)
         self._top = shallow(lm.model, everything | _head(lm))
         self._lower = None
@@ -149,9 +169,12 @@ class Trunk:
         with _resume(hidden):
             return _at(self._run(self._upper_body, batch), batch.rows, batch.columns)
 
-    def logits(self, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """Logits at the target positions, `(n, vocabulary)`, resumed from `hidden`."""
-        with _resume(hidden):
+    def logits(self, batch: Batch, hidden: Tensor | None, again: Again | None = None) -> Tensor:
+        """Logits at the target positions, `(n, vocabulary)`, resumed from `hidden`.
+
+        With `checkpointing`, blocks run again in the backward pass, in contexts that `again` makes.
+        """
+        with _resume(hidden, again):
             return _at_targets(self._upper, batch, self._lm.kind)
 
     @torch.no_grad()
@@ -181,8 +204,8 @@ class Trunk:
 
 
 @contextmanager
-def _resume(hidden: Tensor | None) -> Iterator[None]:
-    reset = _resumed.set(_Resumed(hidden))
+def _resume(hidden: Tensor | None, again: Again | None = None) -> Iterator[None]:
+    reset = _resumed.set(_Resumed(hidden, again))
     try:
         yield
     finally:
@@ -332,20 +355,21 @@ def shallow(root: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module
     Only the modules on the way to the replaced ones are copied, so that whatever is later set on
     those, or put in their place, is the copy's alone.
     """
-    clones: dict[str, nn.Module] = {"": _clone(root)}
+    clones: dict[str, nn.Module] = {"": clone(root)}
     for path, new in replacements.items():
         parent = ""
         for step in path.split(".")[:-1]:
             child = f"{parent}.{step}".lstrip(".")
             if child not in clones:
-                clones[child] = _clone(clones[parent]._modules[step])
+                clones[child] = clone(clones[parent]._modules[step])
                 clones[parent]._modules[step] = clones[child]
             parent = child
         clones[parent]._modules[path.split(".")[-1]] = new
     return clones[""]
 
 
-def _clone(module: Any) -> nn.Module:
+def clone(module: Any) -> nn.Module:
+    """A copy of one module that shares its parameters and submodules."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     # Models split over devices keep their forward on the instance, bound to the original.

@@ -23,7 +23,8 @@ from workbench.corpus import SENTENCES
 from workbench.data import read
 from workbench.editors import Mend, MendConfig
 from workbench.encoding import collate, tokenize
-from workbench.training import MetaStep, TextSampler, TrainingConfig
+from workbench.sampling import TextSampler
+from workbench.training import MetaStep, TrainingConfig
 
 PROMPT, TARGET = "The capital of France is", "Lyon"
 

@@ -16,7 +16,9 @@ from workbench.editors.base import (
     load_editor,
     save_editor,
 )
+from workbench.editors.enn import Enn, EnnConfig
 from workbench.editors.finetune import FineTune, FineTuneConfig, FineTuneKL
+from workbench.editors.ke import Ke, KeConfig
 from workbench.editors.lora import Lora, LoraConfig
 from workbench.editors.mend import Mend, MendConfig
 from workbench.editors.rome import Rome, RomeConfig
@@ -27,9 +29,13 @@ __all__ = [
     "SHIPPED",
     "EditRequest",
     "Editor",
+    "Enn",
+    "EnnConfig",
     "FineTune",
     "FineTuneConfig",
     "FineTuneKL",
+    "Ke",
+    "KeConfig",
     "Lora",
     "LoraConfig",
     "Mend",
@@ -46,12 +52,19 @@ __all__ = [
     "open_editor",
     "save_editor",
     "shipped_editor",
+    "trainable_editors",
 ]
 
 # The editors that are ready as soon as they are made.
 TRAINING_FREE = [
     name for name in editor_names() if not issubclass(editor_class(name), TrainableEditor)
 ]
+
+
+def trainable_editors() -> dict[str, type[TrainableEditor]]:
+    """Name -> class of the editors that are meta-trained."""
+    classes = {name: editor_class(name) for name in editor_names()}
+    return {name: cls for name, cls in classes.items() if issubclass(cls, TrainableEditor)}
 
 
 def assets_folder() -> Path:
@@ -111,10 +124,11 @@ def open_editor(
         return load_editor(source, lm)
     known = sorted({*editor_names(), *SHIPPED})
     if source in known:
+        name = str(source).partition("-")[0]
         raise EditorError(
             f"There is no trained {source!r} editor for {lm.source}. Train one (python -m "
-            f"workbench train --model {lm.source} --data facts --out DIR) and give its folder, or "
-            f"use editor='ft', which needs no training."
+            f"workbench train --editor {name} --model {lm.source} --data facts --out DIR) and give "
+            f"its folder, or use editor='ft', which needs no training."
         )
     raise EditorError(
         f"There is no editor folder {str(source)!r}, and no editor of that name. Give the folder "

@@ -6,7 +6,7 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
@@ -20,7 +20,7 @@ from workbench.factors import Factors, capture
 from workbench.files import read_tensors, write_tensors, write_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
-from workbench.updates import Update
+from workbench.updates import LayerUpdate, Update
 from workbench.views import target_logits
 
 
@@ -64,6 +64,26 @@ class Proposal:
     gates: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class CapturedEdits:
+    """A batch of edits as the model sees them, before any of them is made.
+
+    Args:
+        tokens: Each edit's text.
+        predictions: What the model says in place of each edit's targets, `(targets,)` each.
+        factors: Layer name -> factors of each edit's own mean loss, `(batch, tokens, width)`.
+    """
+
+    tokens: tuple[Tokens, ...]
+    predictions: tuple[Tensor, ...]
+    factors: Mapping[str, Factors]
+
+    def __getitem__(self, part: slice) -> CapturedEdits:
+        """Some of the edits."""
+        factors = {n: Factors(f.activation[part], f.delta[part]) for n, f in self.factors.items()}
+        return CapturedEdits(self.tokens[part], self.predictions[part], factors)
+
+
 @runtime_checkable
 class Editor(Protocol):
     """Turns edit requests into an update of a frozen model.
@@ -89,9 +109,9 @@ class Editor(Protocol):
         ...
 
 
-def gradient_factors(
+def capture_edits(
     lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
-) -> tuple[tuple[Tokens, ...], dict[str, Factors]]:
+) -> CapturedEdits:
     """Tokenise requests and capture the factors of each one's own mean loss.
 
     One forward pass and one backward pass down to the first edited layer.
@@ -109,14 +129,39 @@ def gradient_factors(
     tokens = tuple(tokenize(lm, request.prompt, request.target) for request in requests)
     batch = collate(lm, tokens)
     with capture(layers) as tap:
-        loss = sequence_nll(target_logits(lm, batch), batch).sum()
+        logits = target_logits(lm, batch)
+        loss = sequence_nll(logits, batch).sum()
         if not torch.isfinite(loss):
             raise EditError(
                 f"The model's loss on this edit is {loss.item()}; its weights or activations are "
                 f"not finite, so there is no gradient to edit with."
             )
         factors = tap.factors(loss, batch.size)
-    return tokens, factors
+    said = logits.detach().argmax(-1).split([len(text.targets) for text in tokens])
+    return CapturedEdits(tokens, said, factors)
+
+
+def gradient_factors(
+    lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
+) -> tuple[tuple[Tokens, ...], dict[str, Factors]]:
+    """The tokens and the factors that `capture_edits` finds."""
+    edits = capture_edits(lm, layers, requests)
+    return edits.tokens, dict(edits.factors)
+
+
+def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
+    """One update that carries out a whole batch of edits: all their terms (section 3.1).
+
+    Args:
+        batched: One change a sequence, `(batch, rank, width)`.
+        kept: Layer name -> the terms to keep, `(batch, rank)` bool; those of padding go.
+    """
+    made = {}
+    for name, layer in batched.items():
+        live = kept[name].to(layer.A.device)
+        threshold = None if layer.threshold is None else layer.threshold[live]
+        made[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale), threshold)
+    return Update(made)
 
 
 def descend(
@@ -149,33 +194,78 @@ def descend(
 class TrainableEditor(nn.Module, ABC):
     """An editor with parameters of its own, kept in `editor.safetensors`.
 
+    Args:
+        lm: The model that its edits change.
+        layers: Those of that model that they change.
+        config: The editor's settings.
+        original: The model before the editor's own training; None: that training leaves it alone.
+
     Attributes:
+        config_class: Dataclass of its settings.
+        training_defaults: Settings of training that do for it where `TrainingConfig`'s do not.
+        second_order: Training differentiates through the gradient that an edit is made from.
+        edit_lrs: The layers' step sizes, learned.
         card: What it was trained on and how it did, as JSON values.
         folder: Where it was opened from; None if it was made in memory.
     """
 
     name: ClassVar[str]
-    lm: LanguageModel
-    layers: tuple[EditableLayer, ...]
+    config_class: ClassVar[type]
+    training_defaults: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layers: tuple[EditableLayer, ...],
+        config: Any,
+        original: LanguageModel | None = None,
+    ) -> None:
         super().__init__()
+        self.lm, self.layers, self.config, self.original = lm, layers, config, original or lm
+        self.second_order = False
+        self.edit_lrs = nn.Parameter(torch.full((len(layers),), config.edit_lr, device=lm.device))
         self.card: Mapping[str, Any] = {}
         self.folder: str | None = None
 
     @classmethod
-    @abstractmethod
     def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
         """Make an untrained editor from its settings as JSON values."""
+        return cls(lm, cls.config_class(**settings))  # type: ignore[call-arg]
 
     @property
     def trained(self) -> bool:
         """Whether it has learnt anything; the edits of one that has not are noise."""
         return True
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The settings as JSON values."""
+        return asdict(self.config)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether edits are made over a trained base, other than the original model."""
+        return self.original is not self.lm
+
+    @abstractmethod
+    def edit_batch(self, edits: CapturedEdits, *, gather: bool = False) -> Update:
+        """One change for each edit of a batch, differentiable in the editor's parameters.
+
+        Args:
+            edits: What they are made from.
+            gather: Take them into running statistics first, as training does.
+
+        Returns:
+            `(batch, rank, width)` factors in every layer; padding has terms that are zero.
+        """
+
+    @abstractmethod
+    def learned(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters, by the setting of `TrainingConfig` that is their learning rate."""
+
+    def reset_statistics(self) -> None:
+        """Forget what training has gathered to normalise by: an editor's buffers."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     @abstractmethod
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
@@ -227,7 +317,7 @@ def save_editor(
         "settings": editor.settings(),
         "layers": [layer.name for layer in editor.layers],
         "base_model": editor.lm.source,
-        "base_fingerprint": editor.lm.fingerprint(),
+        "base_fingerprint": editor.original.fingerprint(),
         "card": dict(card),
     }
     text = json.dumps(about, indent=2, ensure_ascii=False)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench.editors.base import (
+    CapturedEdits,
     EditRequest,
     Proposal,
     TrainableEditor,
-    gradient_factors,
+    capture_edits,
     register,
+    side_by_side,
 )
 from workbench.errors import EditorError
 from workbench.factors import Factors
@@ -216,12 +218,12 @@ class Mend(TrainableEditor):
     """
 
     name: ClassVar[str] = "mend"
+    config_class: ClassVar[type] = MendConfig
+    config: MendConfig
 
     def __init__(self, lm: LanguageModel, config: MendConfig | None = None) -> None:
-        super().__init__()
-        self.lm = lm
-        self.config = config or MendConfig()
-        self.layers: tuple[EditableLayer, ...] = lm.layers(self.config.blocks, self.config.matrices)
+        config = config or MendConfig()
+        super().__init__(lm, lm.layers(config.blocks, config.matrices), config)
         self.groups: dict[str, list[EditableLayer]] = {}
         for layer in self.layers:
             shape = f"{layer.in_features}x{layer.out_features}"
@@ -235,7 +237,6 @@ class Mend(TrainableEditor):
                 for key, group in self.groups.items()
             }
         )
-        self.edit_lrs = nn.Parameter(torch.full((len(self.layers),), self.config.edit_lr))
         self.gate_logits: nn.Parameter | None = None
         if self.config.gate:
             shares = torch.full((len(self.layers),), self.config.gate)
@@ -296,21 +297,27 @@ class Mend(TrainableEditor):
             made[layer.name] = LayerUpdate(pseudo.activation, pseudo.delta, scale, threshold)
         return Update(made)
 
+    def edit_batch(self, edits: CapturedEdits, *, gather: bool = False) -> Update:
+        """`update` of what `transform` gives."""
+        return self.update(self.transform(edits.factors, gather=gather), edits.factors)
+
+    def learned(self) -> dict[str, list[nn.Parameter]]:
+        """The networks, the alphas, and a gate's shares."""
+        gates = {} if self.gate_logits is None else {"gate_lr": [self.gate_logits]}
+        networks = list(self.networks.parameters())
+        return {"lr": networks, "edit_lr_lr": [self.edit_lrs], **gates}
+
     @torch.no_grad()
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
         """One update for all requests: their rank-1 terms side by side (section 3.1)."""
-        tokens, factors = gradient_factors(self.lm, self.layers, requests)
-        pseudofactors = self.transform(factors)
-        batched = self.update(pseudofactors, factors)
-        update = {}
-        for name, layer in batched.items():
-            live = factors[name].live().to(layer.A.device)
-            threshold = None if layer.threshold is None else layer.threshold[live]
-            update[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale), threshold)
+        edits = capture_edits(self.lm, self.layers, requests)
+        pseudofactors = self.transform(edits.factors)
+        live = {name: factors.live() for name, factors in edits.factors.items()}
+        update = side_by_side(self.update(pseudofactors, edits.factors), live)
         lrs = dict(zip(update, self.edit_lrs.tolist(), strict=True))
         shares = () if self.gate_logits is None else self.gate_logits.sigmoid().tolist()
         gates = dict(zip(update, shares, strict=False))
-        return Proposal(Update(update), self.layers, tokens, factors, pseudofactors, lrs, gates)
+        return Proposal(update, self.layers, edits.tokens, edits.factors, pseudofactors, lrs, gates)
 
     def gated(self, share: float) -> Mend:
         """A copy with a gate that starts at a share; what it has learned stays."""
@@ -318,19 +325,3 @@ class Mend(TrainableEditor):
         twin.load_state_dict(self.state_dict(), strict=False)
         twin.card = self.card
         return twin.train(self.training)
-
-    def reset_statistics(self) -> None:
-        """Forget what training has gathered to normalise by."""
-        for module in self.modules():
-            if isinstance(module, _RunningStatistics):
-                for buffer in module.buffers():
-                    buffer.zero_()
-
-    def settings(self) -> dict[str, Any]:
-        """The configuration as JSON values."""
-        return asdict(self.config)
-
-    @classmethod
-    def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
-        """Make an untrained editor from its configuration as JSON values."""
-        return cls(lm, MendConfig(**settings))
