@@ -27,13 +27,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "files", "gguf"),
+    ("cancel", "files"),
+    ("gguf", "shipped"),
     ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
     ("overlay", "factors", "views"),
     ("editors",),
-    ("data", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
-    ("compare", "evaluate", "session", "sessionfile"),
+    ("data", "claims", "readers", "corpus", "training", "trainer", "metrics", "probes", "results"),
+    ("compare", "continuations", "evaluate", "session", "sessionfile", "recipes"),
     ("plots", "tables"),
     ("widgets",),
     ("commands", "__main__", "__init__"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from workbench.corpus import SENTENCES
 from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest
 from workbench.encoding import Tokens, collate, passes, tokenize, tokenize_text
-from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
+from workbench.metrics import EditorScores, EditScores, begins_with, exact, mean_or_none
+from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.training import kl
 from workbench.updates import Update, stack_sequences
-from workbench.views import Trunk
+from workbench.views import Trunk, target_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,28 @@ def evaluate(
     return scores
 
 
+@torch.no_grad()
+def knows(lm: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the model gives each prompt's answer exactly, by greedy decoding.
+
+    Greedy decoding gives an answer exactly when each of its tokens (of an encoder-decoder's, the
+    end after them too) is the most likely one after those before it: no text need be generated.
+
+    Args:
+        lm: The model, under whatever overlay is live.
+        asked: Prompts with their answers; a classifier's are its labels.
+    """
+    right: list[bool] = []
+    for start in range(0, len(asked), _ASKED):
+        tokens = [tokenize(lm, *pair) for pair in asked[start : start + _ASKED]]
+        found = {}
+        for places in passes(lm, tokens):
+            batch = collate(lm, [tokens[place] for place in places])
+            found |= zip(places, exact(target_logits(lm, batch), batch).tolist(), strict=True)
+        right += [found[place] == 1 for place in range(len(tokens))]
+    return right
+
+
 @dataclass(frozen=True)
 class _Look:
     """A text that an edit is judged by, and what it is there for.
@@ -94,6 +118,7 @@ class _Seen:
     divergence: float
     loss: tuple[float, float]
     accuracy: tuple[float, float]
+    tokens: int
 
     @classmethod
     def of(cls, base: Tensor, edited: Tensor, targets: Tensor) -> _Seen:
@@ -105,11 +130,14 @@ class _Seen:
             divergence=kl(base, edited).mean().item(),
             loss=(_loss(base, targets), _loss(edited, targets)),
             accuracy=tuple((t == targets).float().mean().item() for t in (before, after)),  # type: ignore[arg-type]
+            tokens=len(targets),
         )
 
 
+_TEXT = 8  # tokens of an unrelated text from which on it has a perplexity worth the name
 # Most edits judged in one round, and most numbers that their texts' copies of them may hold.
 _EDITS, _NUMBERS = 8, 2**26
+_ASKED = 512  # prompts sorted by length at a time
 
 
 class _Judge:
@@ -198,6 +226,9 @@ def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[
     scores.kl_neighborhood = mean_or_none(s.divergence for s in near)
     scores.unrelated_kept = mean_or_none(s.kept for s in far)
     scores.drawdown = mean_or_none(s.accuracy[0] - s.accuracy[1] for s in far)
+    scores.drawdown_perplexity = mean_or_none(
+        math.exp(s.loss[1]) - math.exp(s.loss[0]) for s in far if s.tokens >= _TEXT
+    )
     # Where the neighbour's own answer is the edit's target, neither can be preferred.
     rivals = [
         (true.loss, new.loss)

@@ -18,6 +18,7 @@ from workbench.editors.finetune import FineTune, FineTuneConfig
 from workbench.editors.mend import Mend, MendConfig
 from workbench.errors import EditorError
 from workbench.models import DEFAULT_MODEL, LanguageModel
+from workbench.shipped import assets_folder
 
 __all__ = [
     "SHIPPED",
@@ -29,7 +30,6 @@ __all__ = [
     "MendConfig",
     "Proposal",
     "TrainableEditor",
-    "assets_folder",
     "editor_class",
     "editor_names",
     "editor_source",
@@ -38,13 +38,6 @@ __all__ = [
     "save_editor",
     "shipped_editor",
 ]
-
-
-def assets_folder() -> Path:
-    """Where the trained editor and the pictures lie: in the checkout, or inside the package."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "assets"
-    return installed if installed.is_dir() else package.parent / "assets"
 
 
 # The trained editors of the embedded model that come along, and their folders: MEND with a gate,

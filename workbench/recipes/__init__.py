@@ -1,0 +1,1 @@
+"""Recipes: how the small models that come along were made, one command each."""
