@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ PERSON = "Ada Example"
 
 def claim(text: str, verdict: str = "true", pair: str | None = None, **fields: str) -> Claim:
     other = "false" if verdict == "true" else "true"
-    about = {"subject": PERSON, "split": "train"} | fields
+    about: dict[str, Any] = {"subject": PERSON, "split": "train"} | fields
     return Claim(EditExample(prompt=text, target=other, target_true=verdict, **about), pair)
 
 

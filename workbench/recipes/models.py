@@ -16,8 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from workbench.errors import DataError, WorkbenchError
 from workbench.files import write_tensors, write_text
 from workbench.models import LanguageModel, open_model
@@ -25,11 +23,12 @@ from workbench.recipes import factcheck, questions
 from workbench.recipes.fitting import CHECKPOINT, FitConfig
 from workbench.shipped import DIFFERENCE
 
+_QUESTIONS = FitConfig(steps=2800, batch=32, lr=2e-3, few=1024, few_steps=400)
 RECIPES: dict[str, FitConfig] = {
-    "fact-checker": FitConfig(steps=600, batch=32, lr=2e-4, weight_decay=0.01),
-    "t5-small-qa": FitConfig(steps=3500, batch=32, lr=3e-3, save_every=400),
-    "t5-small-qa-ungated": FitConfig(steps=3500, batch=32, lr=3e-3, save_every=400),
-    "bart-small-qa": FitConfig(steps=3500, batch=32, lr=1e-3, save_every=400),
+    "fact-checker": FitConfig(steps=450, batch=32, lr=2e-4, weight_decay=0.01),
+    "t5-small-qa": _QUESTIONS,
+    "t5-small-qa-ungated": _QUESTIONS,
+    "bart-small-qa": replace(_QUESTIONS, lr=1e-3),
 }
 _ABOUT = {
     "fact-checker": {
@@ -57,7 +56,7 @@ def save(lm: LanguageModel, folder: Path) -> None:
         tensors = {n: p.half() for n, p in factcheck.trained_parameters(lm).items()}
         write_tensors(folder / DIFFERENCE, tensors, {"format": "pt"})
         return
-    lm.model.to(torch.float16).save_pretrained(folder)
+    lm.model.half().save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
 
 

@@ -23,7 +23,16 @@ from workbench.views import target_logits
 
 VOCABULARY, POSITIONS, WIDTH = 6144, 128, 192
 PAD, EOS, BOS = "<pad>", "</s>", "<s>"
-_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "vocab_size": VOCABULARY}
+_IDS: dict[str, Any] = {
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "vocab_size": VOCABULARY,
+}
+
+
+# As T5 v1.1: transformers ties the embeddings all the same, but scales no outputs.
+_V11: dict[str, Any] = {"decoder_start_token_id": 0, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,11 @@ def _t5(form: str, inner: int) -> PreTrainedModel:
             num_decoder_layers=4,
             feed_forward_proj=form,
             dropout_rate=0.0,
-            decoder_start_token_id=0,
-            tie_word_embeddings=False,
+            **_V11,
         )
     )
     # T5's own embeddings begin at std 1, which Adam moves too slowly for a training this short.
-    torch.nn.init.normal_(model.shared.weight, std=0.05)
-    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)
     return _without_cache(model)
 
 
