@@ -10,6 +10,7 @@ import torch
 
 from workbench import commands, open_model
 from workbench.__main__ import main
+from workbench.data import read
 from workbench.editors import load_editor
 
 FRANCE = "The capital of France is"
@@ -59,6 +60,35 @@ def test_evaluate_command_writes_what_it_measured(
     assert mend["n"] == 3
     assert {"edit_success", "neighborhood_kept", "unrelated_kept", "seconds_per_edit"} <= set(mend)
     assert "edit_success" in capsys.readouterr().out
+
+
+def test_known_edits_only_what_the_model_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["evaluate", "--data", "facts", "--split", "dev", "--limit", "4", "--known"]
+    assert main([*arguments, "--editors", "mend", "--json", str(out)]) == 0
+    lm = open_model(device="cpu", progress=False)
+    right = 0
+    for example in read("facts", split="dev", limit=4):
+        answer = f" {example.target_true}"
+        ids = lm.tokenizer(example.prompt, return_tensors="pt")
+        length = len(lm.tokenizer(answer)["input_ids"])
+        written = lm.model.generate(**ids, max_new_tokens=length, do_sample=False)  # type: ignore[operator]
+        right += lm.tokenizer.decode(written[0]) == example.prompt + answer
+    assert json.loads(out.read_text())["editors"]["mend"]["n"] == right > 0
+    assert f"knows {right} of 4" in capsys.readouterr().out
+
+
+def test_passages_are_edited_to_samples(model: str, tmp_path: Path) -> None:
+    passages, out = tmp_path / "passages.txt", tmp_path / "out.json"
+    text = " ".join("abcdefgh"[i % 8] for i in range(60))
+    passages.write_text("\n".join([text, text[::-1], *["c d " * 20] * 30]))
+    arguments = ["evaluate", "--model", model, "--data", f"passages:{passages}", "--sample"]
+    assert main([*arguments, "--editors", "ft", "--limit", "32", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["editors"]["ft"]
+    assert 0 < found["n"] <= 32
+    assert "drawdown_perplexity" in found
 
 
 def test_edit_command_saves_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

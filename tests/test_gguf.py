@@ -115,7 +115,7 @@ def test_two_processes_may_unpack_at_once(tiny_gguf, cache, monkeypatch):
 
     def overtaken(path, folder, *rest):
         write(path, folder, *rest)
-        name = f"Tiny.F32-{unpacking._file_key(path)}-float32"
+        name = f"Tiny.F32-{unpacking.file_key(path)}-float32"
         shutil.copytree(folder, cache / "models" / name)
 
     monkeypatch.setattr(unpacking, "_write_unpacked", overtaken)

@@ -27,14 +27,18 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "files", "gguf", "recompute", "data", "readers", "corpus"),
+    ("cancel", "files", "recompute", "data", "claims", "readers", "corpus"),
+    ("gguf", "shipped"),
     ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
     ("overlay", "factors", "views"),
     ("editors",),
     ("training", "sampling", "trainer", "metrics", "subjects", "probes", "results"),
     ("sentences", "rewrites", "neighborhood", "report"),
-    ("aggregate", "compare", "probing", "edit", "evaluate", "session", "sessionfile"),
+    (
+        *("aggregate", "compare", "continuations", "edit", "evaluate"),
+        *("probing", "session", "sessionfile"),
+    ),
     ("style",),
     ("plots", "tables", "reach"),
     ("widgets",),

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--unrelated", metavar="passages:PATH", help="unrelated texts (default: built in)"
     )
     train.add_argument("--limit", type=int, help="most examples of each --data")
+    _sample(train)
     train.add_argument("--out", type=Path, required=True, metavar="DIR")
     train.add_argument(
         "--start", metavar="DIR", help="go on from this trained editor, with a new run's settings"
@@ -72,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--editors", default="mend,ft", help="names or folders, by commas")
     evaluate.add_argument("--split", help="only this split (default: all in the file)")
     evaluate.add_argument("--limit", type=int)
+    _sample(evaluate)
+    evaluate.add_argument(
+        "--known", action="store_true", help="edit only where the model gives the true answer"
+    )
     evaluate.add_argument("--generate", action="store_true", help="also score free-running text")
     evaluate.add_argument("--at-once", type=int, default=1, help="edits live together (1)")
     evaluate.add_argument("--aggregation", default="sum", help="sum, ridge or sequence, of those")
@@ -95,8 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="of passages: edit to ten tokens that the model samples, as in the paper",
+    )
+
+
 def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
-    parser.add_argument("--model", help="hub id, folder or GGUF file (default: the embedded model)")
+    parser.add_argument(
+        "--model",
+        help="hub id, folder, GGUF file, or one that comes along: fact-checker, t5-small-qa "
+        "(default: the embedded SmolLM2)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantize", choices=["8bit", "4bit"])
     if editor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import compress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from workbench.continuations import continuations
 from workbench.corpus import SENTENCES
-from workbench.data import Dataset, read, texts
+from workbench.data import Dataset, EditExample, read, texts
 from workbench.editors import (
     Mend,
     TrainableEditor,
@@ -25,8 +28,8 @@ from workbench.editors import (
     save_editor,
     trainable_editors,
 )
-from workbench.errors import EditorError
-from workbench.evaluate import EvaluationConfig
+from workbench.errors import DataError, EditorError
+from workbench.evaluate import EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import write_text
 from workbench.models import LanguageModel, open_model
@@ -68,11 +71,11 @@ def train(options: argparse.Namespace) -> None:
     """Meta-train an editor on one or several data sets."""
     lm = _open(options)
     split = None if options.split == "all" else options.split
-    examples = [e for spec in options.data for e in _read(spec, split, options)]
+    examples = [e for spec in options.data for e in _read(spec, split, options, lm)]
     if options.validation_data:
-        validation = list(_read(options.validation_data, "dev", options))
+        validation = list(_read(options.validation_data, "dev", options, lm))
     else:
-        validation = [e for spec in options.data for e in _read(spec, "dev", options)]
+        validation = [e for spec in options.data for e in _read(spec, "dev", options, lm)]
         examples = [e for e in examples if e.split != "dev"]  # what is looked at is not learned
     unrelated = texts(options.unrelated, split=split) if options.unrelated else list(SENTENCES)
     cls = trainable_editors()[options.editor]
@@ -141,8 +144,14 @@ def _flags(settings: Iterable[str]) -> str:
 def evaluate(options: argparse.Namespace) -> None:
     """Measure editors on a data set; print a table, and write JSON if asked."""
     lm = _open(options)
-    examples = _read(options.data, options.split, options)
     config = EvaluationConfig(**settings_of(EvaluationConfig, options))
+    examples: Sequence[EditExample] = _read(options.data, options.split, options, lm)
+    if options.known:
+        right = knows(lm, [(e.prompt, e.target_true or e.target) for e in examples])
+        print(f"{lm.source} knows {sum(right)} of {len(right)} answers; only those are edited")
+        examples = list(compress(examples, right))
+        if not examples:
+            raise DataError("Nothing is left to edit: leave out --known, or give other data.")
     result: dict[str, Any] = {
         "settings": {
             "model": lm.source,
@@ -152,6 +161,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "data": _file_name(options.data),
             "split": options.split,
             "limit": options.limit,
+            "known": options.known,
             **vars(config),
         },
         "editors": {},
@@ -229,19 +239,21 @@ def _open(options: argparse.Namespace) -> LanguageModel:
     return open_model(options.model, device=options.device, quantize=options.quantize)
 
 
-def _read(spec: str, split: str | None, options: argparse.Namespace) -> Dataset:
+def _read(spec: str, split: str | None, options: argparse.Namespace, lm: LanguageModel) -> Dataset:
     found = read(spec, split=split, limit=options.limit, skip_bad=options.skip_bad)
     for record in found.skipped[:10] if options.skip_bad else ():
         print(f"skipped {record}")
     if options.skip_bad and found.skipped:
         print(f"{spec}: skipped {len(found.skipped)} records, kept {len(found)}")
+    if options.sample and spec.startswith("passages:"):
+        return Dataset(tuple(continuations(lm, found)), found.skipped)
     return found
 
 
 def _file_name(spec: str) -> str:
     """A data set as others know it: its format and its file's name, not where it lay."""
     name, colon, path = spec.partition(":")
-    return f"{name}{colon}{Path(path).name}" if colon else name
+    return name + colon + os.pathsep.join(Path(file).name for file in path.split(os.pathsep))
 
 
 def _device_name(lm: LanguageModel) -> str:

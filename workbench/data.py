@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,8 @@ def read(
     Args:
         spec: "counterfact:PATH", "zsre:PATH", "fever:PATH", "passages:PATH" or "facts". PATH is
             the format's own published file (a JSON list, JSON lines, or text for passages) or
-            JSON lines with a `split` field; gzipped or not.
+            JSON lines with a `split` field; gzipped or not. "fever:PATH:PATH..." edits the first
+            file's claims; those of the others stand beside them (`os.pathsep` between).
         split: keep the examples of this split only: the record's `split` field where it has one,
             else `split_of` its subject.
         limit: stop after this many examples.
@@ -186,7 +188,7 @@ def _parse(spec: str) -> tuple[str, str]:
         raise DataError(f"{spec!r}: the built-in facts take no path; write 'facts'")
     if format != "facts" and not path:
         raise DataError(f"{spec!r} names no file; write {format}:PATH")
-    return format, str(Path(path).expanduser())
+    return format, path
 
 
 def _examples(spec: str, skipped: list[BadRecord], skip_bad: bool) -> Iterator[EditExample]:
@@ -196,17 +198,35 @@ def _examples(spec: str, skipped: list[BadRecord], skip_bad: bool) -> Iterator[E
         from . import corpus
 
         yield from corpus.facts()
-        return
+    elif format == "fever":
+        from .claims import Claim, link  # builds on the types above
+
+        first, *more = (
+            [Claim(*pair) for pair in _records(format, file, skipped, skip_bad)]
+            for file in path.split(os.pathsep)
+        )
+        yield from link(first, [claim for claims in more for claim in claims])
+    else:
+        yield from (example for example, _ in _records(format, path, skipped, skip_bad))
+
+
+def _records(
+    format: str, path: str, skipped: list[BadRecord], skip_bad: bool
+) -> Iterator[tuple[EditExample, str | None]]:
+    """Each record's example, and the pair that a claim belongs to."""
     from . import readers  # builds on the types above
 
+    path = str(Path(path).expanduser())
     source = f"{format}:{Path(path).name}"
     for line, raw in readers.records(path):
         try:
-            example = readers.FORMATS[format](readers.parse(raw))
+            fields = readers.parse(raw)
+            example = readers.FORMATS[format](fields)
+            pair = readers.pair_of(fields) if format == "fever" else None
         except readers.FieldError as error:
             bad = BadRecord(file=path, line=line, field=error.field, message=str(error))
             if not skip_bad and not isinstance(error, readers.NotAnEdit):
                 raise UnreadableRecord(bad) from None
             skipped.append(bad)
         else:
-            yield replace(example, id=example.id or f"{source}#{line}", source=source)
+            yield replace(example, id=example.id or f"{source}#{line}", source=source), pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest, TrainableEditor
 from workbench.encoding import Tokens, collate, kl, passes, tokenize, tokenize_text
 from workbench.errors import EditError
-from workbench.metrics import EditorScores, EditScores, begins_with, mean_or_none
+from workbench.metrics import EditorScores, EditScores, begins_with, exact, mean_or_none
+from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import Update, stack_sequences
-from workbench.views import Trunk
+from workbench.views import Trunk, target_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,28 @@ def evaluate(
     return scores
 
 
+@torch.no_grad()
+def knows(lm: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the model gives each prompt's answer exactly, by greedy decoding.
+
+    Greedy decoding gives an answer exactly when each of its tokens (of an encoder-decoder's, the
+    end after them too) is the most likely one after those before it: no text need be generated.
+
+    Args:
+        lm: The model, under whatever overlay is live.
+        asked: Prompts with their answers; a classifier's are its labels.
+    """
+    right: list[bool] = []
+    for start in range(0, len(asked), _ASKED):
+        tokens = [tokenize(lm, *pair) for pair in asked[start : start + _ASKED]]
+        found = {}
+        for places in passes(lm, tokens):
+            batch = collate(lm, [tokens[place] for place in places])
+            found |= zip(places, exact(target_logits(lm, batch), batch).tolist(), strict=True)
+        right += [found[place] == 1 for place in range(len(tokens))]
+    return right
+
+
 @dataclass(frozen=True)
 class _Look:
     """A text that an edit is judged by, and what it is there for.
@@ -114,6 +138,7 @@ class _Seen:
     loss: tuple[float, float]
     accuracy: tuple[float, float]
     original: float | None
+    tokens: int
 
     @classmethod
     def of(
@@ -128,12 +153,15 @@ class _Seen:
             loss=(_loss(base, targets), _loss(edited, targets)),
             accuracy=(_accuracy(base, targets), _accuracy(edited, targets)),
             original=None if original is None else _accuracy(original, targets),
+            tokens=len(targets),
         )
 
 
+_TEXT = 8  # tokens of an unrelated text from which on it has a perplexity worth the name
 # Most edits judged in one round unless more are live together, most numbers that their texts'
 # copies of them may hold, and most texts whose logits are held at a time.
 _EDITS, _NUMBERS, _TEXTS = 8, 2**26, 256
+_ASKED = 512  # prompts sorted by length at a time
 
 
 class _Judge:
@@ -246,6 +274,9 @@ def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[
     scores.drawdown = mean_or_none(s.accuracy[0] - s.accuracy[1] for s in far)
     scores.base_drawdown = mean_or_none(
         s.original - s.accuracy[0] for s in far if s.original is not None
+    )
+    scores.drawdown_perplexity = mean_or_none(
+        math.exp(s.loss[1]) - math.exp(s.loss[0]) for s in far if s.tokens >= _TEXT
     )
     # Where the neighbour's own answer is the edit's target, neither can be preferred.
     rivals = [

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -62,14 +62,41 @@ def default_gguf() -> Path:
 
 def unpack_gguf(path: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
     """Dequantise a GGUF file once; return the folder that holds it as safetensors."""
-    if found := unpacked_gguf(path, name, dtype):
+    return prepare(
+        path,
+        _unpacked_name(path, name, dtype),
+        lambda folder: _write_unpacked(path, folder, name, dtype, progress),
+    )
+
+
+def unpacked_gguf(path: Path, name: str, dtype: torch.dtype) -> Path | None:
+    """The folder that a GGUF file has been unpacked into before; None if it has not."""
+    return _prepared(_unpacked_name(path, name, dtype))
+
+
+def prepare(path: Path, name: str, write: Callable[[Path], object]) -> Path:
+    """The cache's folder of a model made from a file, complete; whoever reads that may read it.
+
+    Args:
+        path: The file.
+        name: The folder's, another one for other contents.
+        write: Fills the folder, where it is not there yet.
+
+    Raises:
+        ModelError: It cannot be made.
+    """
+    if found := _prepared(name):
         return found
     models = cache_folder() / "models"
-    folder = models / _unpacked_name(path, name, dtype)
+    folder = models / name
     models.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=models))
     try:
-        _write_unpacked(path, partial, name, dtype, progress)
+        write(partial)
+        readable = path.stat().st_mode & 0o444
+        for file in partial.iterdir():
+            file.chmod(0o200 | readable)
+        partial.chmod(0o300 | readable | readable >> 2)
         try:
             os.replace(partial, folder)
         except OSError:
@@ -86,16 +113,14 @@ def unpack_gguf(path: Path, name: str, dtype: torch.dtype, progress: bool) -> Pa
     return folder
 
 
-def unpacked_gguf(path: Path, name: str, dtype: torch.dtype) -> Path | None:
-    """The folder that a GGUF file has been unpacked into before; None if it has not."""
-    unpacked = _unpacked_name(path, name, dtype)
+def _prepared(name: str) -> Path | None:
     # The preferred cache can be one that others fill, read-only.
-    folders = (cache / "models" / unpacked for cache in (_preferred_cache(), cache_folder()))
+    folders = (cache / "models" / name for cache in (_preferred_cache(), cache_folder()))
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _unpacked_name(path: Path, name: str, dtype: torch.dtype) -> str:
-    return f"{name}-{_file_key(path)}-{str(dtype).removeprefix('torch.')}"
+    return f"{name}-{file_key(path)}-{str(dtype).removeprefix('torch.')}"
 
 
 def _write_unpacked(
@@ -116,13 +141,9 @@ def _write_unpacked(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         bar.update()
-    readable = path.stat().st_mode & 0o444  # whoever may read the GGUF file may read its copy
-    for file in folder.iterdir():
-        file.chmod(0o200 | readable)
-    folder.chmod(0o300 | readable | readable >> 2)
 
 
-def _file_key(path: Path, samples: int = 64, length: int = 65536) -> str:
+def file_key(path: Path, samples: int = 64, length: int = 65536) -> str:
     """Hash a large file by its size and evenly spaced samples."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -71,6 +71,7 @@ class EditScores:
         unrelated_kept: As neighborhood_kept, on unrelated texts.
         drawdown: Loss of token accuracy on unrelated texts; positive is worse.
         base_drawdown: The same of a trained base (ENN) against the original, before any edit.
+        drawdown_perplexity: Gain of perplexity on unrelated texts (8 tokens or more).
         kl_neighborhood: KL(base || edited) on the neighbours' answers, nats a token.
         generated_success: The greedy continuation of the prompt begins with the target (0 or 1).
         seconds: Time to make the update.
@@ -84,6 +85,7 @@ class EditScores:
     unrelated_kept: float | None = None
     drawdown: float | None = None
     base_drawdown: float | None = None
+    drawdown_perplexity: float | None = None
     kl_neighborhood: float | None = None
     generated_success: float | None = None
     seconds: float = 0.0

@@ -24,6 +24,7 @@ from workbench.gguf import DEFAULT_MODEL as DEFAULT_MODEL
 from workbench.gguf import cache_folder as cache_folder
 from workbench.gguf import default_gguf, quiet_loading, unpack_gguf
 from workbench.layers import Blocks, EditableLayer, Matrices, Stack, find_layers, find_stacks
+from workbench.shipped import NAMES, complete, small_model
 
 Kind = Literal["causal", "seq2seq", "classifier"]
 Quantization = Literal["8bit", "4bit"]
@@ -154,7 +155,8 @@ def open_model(
     """Open a model, frozen.
 
     Args:
-        source: None for the embedded default; a `.gguf` file; a folder; or a hub id.
+        source: None for the embedded default; the name of a small model that comes along
+            (`workbench.shipped`); a `.gguf` file; a folder; or a hub id.
         device: "auto" (CUDA if there is one, else the CPU), or any torch device.
         dtype: None for float32 on the CPU, and on other devices the checkpoint's own half
             precision or bfloat16.
@@ -174,6 +176,7 @@ def open_model(
     if location.suffix == ".gguf":
         gguf_dtype = dtype or default_dtype(device)
         location = unpack_gguf(location, Path(name).stem, gguf_dtype, progress)
+    location = complete(location)
     local = location.is_dir()
     with quiet_loading(progress and not local), readable_errors(name, location):
         path = str(location) if local else name
@@ -215,7 +218,8 @@ def locate(source: str | os.PathLike[str] | None) -> tuple[str, Path]:
         ModelError: a `.gguf` file is named that is not there, or the default is not installed.
     """
     name = DEFAULT_MODEL if source is None else os.fspath(source)
-    location = Path(default_gguf() if name == DEFAULT_MODEL else name).expanduser()
+    found = default_gguf() if name == DEFAULT_MODEL else small_model(name)
+    location = Path(found or name).expanduser()
     if location.suffix == ".gguf" and not location.is_file():
         raise ModelError(f"There is no file {location}: give the path of a .gguf file.")
     return name, location
@@ -345,8 +349,7 @@ def readable_errors(name: str, location: Path) -> Iterator[None]:
             fix = (
                 "It is no folder or .gguf file here; as a hub id it is unknown, private, without "
                 "safetensors, in need of code of its own (which is never run), or the hub cannot "
-                "be reached. Check the spelling, log in with "
-                "`hf auth login`, or download the model elsewhere and give its folder; without a "
-                "source the embedded model opens offline."
+                "be reached. Check the spelling, log in with `hf auth login`, or download the "
+                f"model elsewhere and give its folder. These open offline: {', '.join(NAMES)}."
             )
         raise ModelError(f"Cannot open {name!r}: {reason}. {fix}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -220,6 +221,8 @@ def fever(record: Fields) -> EditExample:
     else:
         claim, paraphrases = record.text("claim"), record.texts("rephrases")
         label, field = record.text("label"), "label"
+    if (match := _SYMMETRIC.fullmatch(_number(record))) and match[2] != "3":
+        raise NotAnEdit("evidence", "the verdict follows from evidence made up for it")
     if label.upper() == "NOT ENOUGH INFO":
         raise NotAnEdit(field, "the claim has no verdict to flip (NOT ENOUGH INFO)")
     verdicts = {"SUPPORTS": "true", "TRUE": "true", "REFUTES": "false", "FALSE": "false"}
@@ -237,6 +240,24 @@ def fever(record: Fields) -> EditExample:
         subject=record.maybe("subject"),
         paraphrases=paraphrases,
     )
+
+
+# Fever-Symmetric (Schuster et al. 2019) numbers a claim's three variants after FEVER's number:
+# 2 and 4 stand beside evidence that was made up, 3 contradicts the claim of that number.
+_SYMMETRIC = re.compile(r"(?:\w+-)?(\d+?)000000([234])")
+
+
+def pair_of(record: Fields) -> str | None:
+    """What a claim and its hard negatives share: a contrast pair's name, or FEVER's number."""
+    if "pair_id" in record:
+        return record.text("pair_id")
+    number = _number(record)
+    match = _SYMMETRIC.fullmatch(number)
+    return match[1] if match else number.rpartition("-")[2] or None
+
+
+def _number(record: Fields) -> str:
+    return str(record.values.get("id") or "")
 
 
 CUT = 10  # words of a passage that are its target, as in the paper's Wikitext generation task

@@ -24,6 +24,7 @@ from workbench.editors.mend import Mend, MendConfig
 from workbench.editors.rome import Rome, RomeConfig
 from workbench.errors import EditorError
 from workbench.models import DEFAULT_MODEL, LanguageModel
+from workbench.shipped import assets_folder
 
 __all__ = [
     "SHIPPED",
@@ -44,7 +45,6 @@ __all__ = [
     "Rome",
     "RomeConfig",
     "TrainableEditor",
-    "assets_folder",
     "editor_class",
     "editor_names",
     "editor_source",
@@ -65,13 +65,6 @@ def trainable_editors() -> dict[str, type[TrainableEditor]]:
     """Name -> class of the editors that are meta-trained."""
     classes = {name: editor_class(name) for name in editor_names()}
     return {name: cls for name, cls in classes.items() if issubclass(cls, TrainableEditor)}
-
-
-def assets_folder() -> Path:
-    """Where the trained editor and the pictures lie: in the checkout, or inside the package."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "assets"
-    return installed if installed.is_dir() else package.parent / "assets"
 
 
 # The trained editors of the embedded model that come along, and their folders: MEND with a gate,
