@@ -48,6 +48,24 @@ def test_a_start_with_other_settings_is_refused(
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.parametrize("name", ["ke", "enn"])
+def test_other_editors_are_trained_and_take_their_own_settings_alone(
+    tiny_model: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--editor", name, "--model", tiny_model, "--data", "facts", "--limit", "9"]
+    own = {"ke": ["--lstm", "4", "--condition", "4"], "enn": ["--first-order"]}
+    given = [*SETTINGS[2:], "--edit-lr", "0.2", *own[name]]
+    assert main([*command, *given, "--out", str(tmp_path / "editor")]) == 0
+    about = json.loads((tmp_path / "editor" / "editor.json").read_text())
+    assert (about["editor"], about["settings"]["edit_lr"]) == (name, 0.2)
+    assert main([*command, "--rank", "4", "--out", str(tmp_path / "no")]) == 2
+    assert f"--rank: mend has such settings, {name} has not" in capsys.readouterr().err
+    start = ["--start", str(tmp_path / "editor"), "--out", str(tmp_path / "no")]
+    assert main(["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *start]) == 2
+    assert f"start from it with --editor {name}" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_evaluate_command_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
