@@ -98,11 +98,11 @@ def test_known_edits_only_what_the_model_answers(
     assert f"knows {right} of 4" in capsys.readouterr().out
 
 
-def test_passages_are_edited_to_samples(model: str, tmp_path: Path) -> None:
+def test_passages_are_edited_to_samples(tiny_model: str, tmp_path: Path) -> None:
     passages, out = tmp_path / "passages.txt", tmp_path / "out.json"
     text = " ".join("abcdefgh"[i % 8] for i in range(60))
     passages.write_text("\n".join([text, text[::-1], *["c d " * 20] * 30]))
-    arguments = ["evaluate", "--model", model, "--data", f"passages:{passages}", "--sample"]
+    arguments = ["evaluate", "--model", tiny_model, "--data", f"passages:{passages}", "--sample"]
     assert main([*arguments, "--editors", "ft", "--limit", "32", "--json", str(out)]) == 0
     found = json.loads(out.read_text())["editors"]["ft"]
     assert 0 < found["n"] <= 32

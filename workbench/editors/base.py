@@ -352,6 +352,11 @@ def load_editor(folder: str | Path, lm: LanguageModel) -> TrainableEditor:
             f"{folder}/editor.safetensors holds no editor that this version can read ({error!r}). "
             f"Give a folder written by training or by save_editor."
         ) from None
+    if not issubclass(cls, TrainableEditor):
+        raise EditorError(
+            f"{folder} names {cls.name!r}, an editor without parameters to load. Open it by its "
+            f"name: editor={cls.name!r}."
+        )
     try:
         editor = cls.from_settings(lm, settings)
         found = [layer.name for layer in editor.layers]

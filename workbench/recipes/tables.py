@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workbench.recipes.tables", description=__doc__)
     parser.add_argument("--data-folder", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
-    parser.add_argument("--work", type=Path, default=Path("runs/tables"))
+    parser.add_argument("--work", type=Path, default=Path("work/tables"))
     parser.add_argument("--only", metavar="TABLE", help="one table, by name")
     parser.add_argument("--limit", type=int, help="fewer examples, for a try (give --out too)")
     options = parser.parse_args()
