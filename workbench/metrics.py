@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -54,6 +55,11 @@ def total_variation(base: Tensor, edited: Tensor) -> Tensor:
 def begins_with(text: str, target: str) -> bool:
     """Free-running success: what the model writes begins with the target, in whatever case."""
     return text.strip().lower().startswith(target.strip().lower())
+
+
+def mentions(text: str, target: str) -> bool:
+    """Whether the model writes the target somewhere, in whatever case, not within a word."""
+    return re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", text, re.IGNORECASE) is not None
 
 
 @dataclass

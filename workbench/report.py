@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.metrics import Mean
+from workbench.metrics import Mean, mentions
 from workbench.probes import KINDS
 from workbench.results import Comparison, PromptComparison, as_json
 
@@ -60,11 +60,13 @@ class ProbeResult(PromptComparison):
     def right(self) -> bool:
         """Whether the edited model says what it should.
 
-        What should change says the target. What should stay still begins with its answer, or has
-        moved by `TOLERANCE` at most: where two answers are nearly tied, that flips them.
+        What should change says the target, at once or in a sentence ("The capital is ..."). What
+        should stay still begins with its answer, or has moved by `TOLERANCE` at most: where two
+        answers are nearly tied, that flips them.
         """
         if self.should_change:
-            return bool(self.edited_exact) or self.free_running is True
+            said = self.target is not None and mentions(self.edited_text, self.target)
+            return bool(self.edited_exact) or said
         begins = self.target is not None and self.free_running is True
         return not self.changed or begins or self.change <= TOLERANCE
 
