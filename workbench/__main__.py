@@ -119,7 +119,7 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
     if editor:
         parser.add_argument(
             "--editor",
-            help="a trained editor's folder, mend, mend-linear, ft, ft_kl, rome or lora",
+            help="a trained editor's folder, mend, mend-many, mend-linear, ft, ft_kl, rome or lora",
         )
 
 

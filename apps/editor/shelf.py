@@ -17,7 +17,12 @@ from workbench.editors import SHIPPED, Editor, editor_source, load_editor, open_
 from workbench.memory import MemoryEstimate, estimate_memory, free_on, size
 from workbench.models import DEFAULT_MODEL, Quantization
 
-LABELS = {"mend": "MEND (gated)", "mend-linear": "MEND (linear)", "ft": "Fine-tuning"}
+LABELS = {
+    "mend": "MEND (gated)",
+    "mend-many": "MEND (for many edits)",
+    "mend-linear": "MEND (linear)",
+    "ft": "Fine-tuning",
+}
 
 
 @dataclass(eq=False)

@@ -68,8 +68,12 @@ def trainable_editors() -> dict[str, type[TrainableEditor]]:
 
 
 # The trained editors of the embedded model that come along, and their folders: MEND with a gate,
-# and as in the paper, whose edits are LoRA adapters.
-SHIPPED = {"mend": DEFAULT_MODEL, "mend-linear": f"{DEFAULT_MODEL}-linear"}
+# the same trained for edits that live together, and as in the paper, whose edits are adapters.
+SHIPPED = {
+    "mend": DEFAULT_MODEL,
+    "mend-many": f"{DEFAULT_MODEL}-many",
+    "mend-linear": f"{DEFAULT_MODEL}-linear",
+}
 
 
 def shipped_editor(name: str = "mend") -> Path:
@@ -97,7 +101,8 @@ def open_editor(
 
     Args:
         source: A trained editor's folder; the name of one that needs no training ("ft", "ft_kl",
-            "rome", "lora"); for the embedded model "mend" or "mend-linear", its trained editors;
+            "rome", "lora"); for the embedded model "mend", "mend-many" or "mend-linear", its
+            trained editors;
             None: "mend" for that model, else "ft".
         lm: The model to edit.
         settings: Of an editor that needs no training, those that differ from its defaults. A
