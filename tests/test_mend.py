@@ -6,9 +6,11 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ from workbench.editors.base import EditRequest, gradient_factors, load_editor, s
 from workbench.editors.mend import EditorNetwork, Mend, MendConfig
 from workbench.encoding import collate
 from workbench.errors import EditError, EditorError
-from workbench.factors import Factors
+from workbench.factors import Factors, capture
 from workbench.files import write_tensors
 from workbench.models import LanguageModel
+from workbench.views import target_logits
 
 torch.set_num_threads(1)
 # Conv1D and Linear; two stacks of one shape and of two; a classifier.
@@ -281,11 +284,42 @@ def test_a_gate_starts_at_its_share():
 
 def test_a_gate_is_put_on_what_has_been_learned():
     editor = stirred(editor_for("llama"))
-    gated, factors = editor.gated(0.25), factors_of(editor)
+    gated, factors = editor.changed(gate=0.25), factors_of(editor)
     ours, theirs = (e.update(e.transform(factors), factors) for e in (editor, gated))
     assert theirs.gated
     for name, layer in theirs.items():
         assert torch.equal(layer.dense(), ours[name].dense())
+
+
+@kinds
+def test_whole_targets_are_edited_with_the_gradient_of_their_sum(family: str):
+    editor = editor_for(family, sum_tokens=True)
+    for request in requests(editor.lm):
+        made = editor.propose([request])
+        batch = collate(editor.lm, made.tokens)
+        with capture(editor.layers) as tap:
+            logits = target_logits(editor.lm, batch)
+            whole = tap.factors(cross_entropy(logits, batch.targets, reduction="sum"))
+        for name, factors in made.factors.items():
+            same(factors.activation, whole[name].activation)
+            same(factors.delta, whole[name].delta)
+
+
+def test_an_editor_of_other_losses_gathers_its_statistics_anew():
+    editor = stirred(editor_for("llama"))
+    changed = editor.changed(sum_tokens=True)
+    assert editor.trained
+    assert not changed.trained
+    assert changed.config == replace(editor.config, sum_tokens=True)
+    for name, parameter in editor.named_parameters():
+        assert torch.equal(parameter, changed.get_parameter(name))
+
+
+@pytest.mark.parametrize("setting", [{"rank": 8}, {"shared": False}, {"gate": 0.5}])
+def test_what_has_been_learned_fits_no_other_settings(setting: dict[str, Any]):
+    editor = editor_for("llama", gate=0.3)
+    with pytest.raises(EditorError, match=f"cannot go on with .*{next(iter(setting))}"):
+        editor.changed(**setting)
 
 
 def test_ascent_reverses_the_update():

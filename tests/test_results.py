@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from workbench.__main__ import _parser
 from workbench.editors import SHIPPED, editor_names
 from workbench.errors import WorkbenchError
-from workbench.recipes.tables import RECIPES, TRAINED, Runner, rows
+from workbench.recipes.tables import RECIPES, TRAINED, Runner, measurements
 
 SHIPPED_RECIPES: dict[str, Any] = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
 PARTS = [part for table in SHIPPED_RECIPES["tables"] for part in table["parts"]]
@@ -27,16 +28,20 @@ def test_each_training_is_a_command(name: str) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS, ids=[part["title"] for part in PARTS])
-def test_each_row_is_a_command_of_its_own(part: dict[str, Any]) -> None:
-    listed = list(rows(part))
-    assert len({row.file for row in listed}) == len({row.label for row in listed}) == len(listed)
-    for row in listed:
-        _parser().parse_args(["evaluate", *shlex.split(row.arguments.format(data="", work=""))])
-        name = row.editor
-        if name.startswith(TRAINED):
-            assert name.removeprefix(TRAINED) in SHIPPED_RECIPES["editors"]
-        else:
-            assert name in {*editor_names(), *SHIPPED}
+def test_each_measurement_is_a_command_with_a_file_of_its_own(part: dict[str, Any]) -> None:
+    listed = list(measurements(part))
+    assert len({measurement.name for measurement in listed}) == len(listed)
+    labels = [label for measurement in listed for label in measurement.labels.values()]
+    assert len(set(labels)) == len(labels) == len(part["editors"]) * len(part.get("variants", "x"))
+    assert set(part.get("limits", ())) <= set(part["editors"])
+    for measurement in listed:
+        arguments = measurement.arguments.format(data="", work="")
+        _parser().parse_args(["evaluate", *shlex.split(arguments)])
+        for name in measurement.labels:
+            if name.startswith(TRAINED):
+                assert name.removeprefix(TRAINED) in SHIPPED_RECIPES["editors"]
+            else:
+                assert name in {*editor_names(), *SHIPPED}
 
 
 @pytest.fixture
@@ -55,6 +60,7 @@ def recipes(tiny_model: str) -> dict[str, Any]:
                         "title": "Facts",
                         "evaluate": f"{model} --split dev --limit 3",
                         "editors": ["ft", "@small"],
+                        "limits": {"ft": 2},
                         "variants": {"alone": "", "two": "--at-once 2"},
                     }
                 ],
@@ -79,15 +85,15 @@ def test_a_table_goes_on_where_it_was(
     found = json.loads((tmp_path / "out/small.json").read_text())["rows"]
     assert [row["row"] for row in found] == ["ft, alone", "ft, two", "small, alone", "small, two"]
     assert all(f"| {row['row']} |" in whole for row in found)
-    assert [next(iter(row["editors"].values()))["n"] for row in found] == [3] * 4
-    assert [row["settings"]["at_once"] for row in found] == [1, 2, 1, 2]
+    assert [row["n"] for row in found] == [2, 2, 3, 3]
 
-    ran.clear()
-    next((tmp_path / "out/rows").glob("ft--two*")).unlink()
-    runner.table(table)
-    assert ran == ["evaluate"]
-
+    # What is there stays; an editor that has changed is measured anew.
     recipes["editors"]["small"] += " --seed 3"
-    next((tmp_path / "out/rows").glob("small--two*")).unlink()
     with pytest.raises(WorkbenchError, match="remove it to train it again"):
         runner.table(table)
+    shutil.rmtree(tmp_path / "work/small")
+    ran.clear()
+    runner.table(table)
+    assert ran.count("train") == 1
+    again = json.loads((tmp_path / "out/small.json").read_text())["rows"]
+    assert [old == new for old, new in zip(found, again, strict=True)] == [True, True, False, False]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.sampling import TextSampler
+from workbench.sampling import Crossing, TextSampler
 from workbench.training import EditTexts, MetaStep, StepLosses, TrainingConfig
 from workbench.updates import Update
 
@@ -58,12 +60,13 @@ def plain_step(editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig)
     """Equations 1 and 2 word for word: one text at a time, dense weights, one undivided graph."""
     lm = editor.lm
     nll, before, locality, right = [], [], [], []
+    own, wanted = ("sum" if s else "mean" for s in (editor.config.sum_tokens, config.whole_targets))
     for edit in edits:
         targets = torch.tensor(edit.edit.targets)
         with capture(editor.layers) as tap:
-            loss = cross_entropy(plain_logits(lm, edit.edit, {}), targets)
-            factors = tap.factors(loss)
-        before.append(loss.detach())
+            logits = plain_logits(lm, edit.edit, {})
+            factors = tap.factors(cross_entropy(logits, targets, reduction=own))
+        before.append(cross_entropy(logits.detach(), targets, reduction=wanted))
         weights = {}
         pseudo = editor.transform(factors)
         for layer, alpha in zip(editor.layers, editor.edit_lrs, strict=True):
@@ -73,7 +76,7 @@ def plain_step(editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig)
             weights[f"{layer.name}.weight"] = weight + (change.T if layer.transposed else change)
         for text in edit.equivalents:
             logits, targets = plain_logits(lm, text, weights), torch.tensor(text.targets)
-            nll.append(cross_entropy(logits, targets))
+            nll.append(cross_entropy(logits, targets, reduction=wanted))
             right.append((logits.argmax(-1) == targets).all().float())
         for text in edit.locality:
             edited, base = (plain_logits(lm, text, w).log_softmax(-1) for w in (weights, {}))
@@ -98,8 +101,8 @@ def gradients(editor: Mend) -> dict[str, Tensor]:
     return found
 
 
-def compare_with_the_plain_step(editor: Mend) -> None:
-    edits, config = edits_for(editor.lm), TrainingConfig(c_edit=0.3, c_locality=2.0)
+def compare_with_the_plain_step(editor: Mend, **settings: Any) -> None:
+    edits, config = edits_for(editor.lm), TrainingConfig(c_edit=0.3, c_locality=2.0, **settings)
     stirred(editor, edits)
     wanted, slopes = plain_step(editor, edits, config), gradients(editor)
     assert slopes.keys() == dict(editor.named_parameters()).keys()
@@ -114,6 +117,12 @@ def compare_with_the_plain_step(editor: Mend) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_step_equals_the_plain_one(family: str):
     compare_with_the_plain_step(editor_for(family))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_step_over_whole_targets_equals_the_plain_one(family: str, own: bool):
+    compare_with_the_plain_step(editor_for(family, sum_tokens=own), whole_targets=True)
 
 
 def undivided_step(
@@ -336,6 +345,55 @@ def test_locality_texts_are_neighbors_and_unrelated_ones():
         assert len(text.ids) == len(text.targets) == 8
         start = lm.tokenizer.decode([*text.ids, text.targets[-1]])
         assert any(whole.startswith(str(start)) for whole in TEXTS)
+
+
+def facts_about(subjects: str, relations: str) -> list[EditExample]:
+    """Every subject in every relation, of one source."""
+    return [
+        EditExample(
+            prompt=f"The {relation} of {subject} is",
+            target="x",
+            subject=subject,
+            relation=relation,
+            source="here",
+        )
+        for subject in subjects
+        for relation in relations
+    ]
+
+
+def test_crossed_prompts_share_wording_or_subject_and_never_both():
+    known = facts_about("ABC", "pqr")
+    example, other_source = known[0], replace(facts_about("Z", "z")[0], source="there")
+    crossing = Crossing([*known, other_source])
+    drawn = [crossing.draw(example, 2, random.Random(seed)) for seed in range(200)]
+    found = {prompt for prompts in drawn for prompt in prompts}
+    assert found == {
+        *(f"The p of {subject} is" for subject in "BC"),
+        *(f"The {relation} of A is" for relation in "qr"),
+    }
+    for prompts in drawn:  # by turns: never two of one kind
+        assert len({"of A" in prompt for prompt in prompts}) == len(prompts)
+
+
+def test_relations_without_a_name_are_told_by_their_wording():
+    known = [replace(example, relation=None) for example in facts_about("AB", "pq")]
+    drawn = [Crossing(known).draw(known[0], 1, random.Random(seed)) for seed in range(60)]
+    assert {p for prompts in drawn for p in prompts} == {"The p of B is", "The q of A is"}
+
+
+@pytest.mark.parametrize("subject", [None, "Rome"])
+def test_prompts_that_do_not_hold_their_subject_are_not_crossed(subject: str | None):
+    example = replace(facts_about("A", "p")[0], subject=subject)
+    assert Crossing([example, *facts_about("AB", "pq")]).draw(example, 2, random.Random(0)) == []
+
+
+def test_crossed_prompts_are_locality_texts():
+    lm, known = opened("gpt2"), facts_about("AB", "pq")
+    config = TrainingConfig(batch=4, crossed=1, texts=0)
+    own = {tokenize(lm, example.prompt, "x") for example in known}
+    for texts in TextSampler(lm, known, (), config).batch(0):
+        assert set(texts.locality) < own - {texts.edit}
 
 
 def test_no_examples_are_refused():

@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--aggregation", default="sum", help="sum, ridge or sequence, of those")
     evaluate.add_argument("--damping", type=float, default=0.1, help="of ridge (0.1)")
     evaluate.add_argument("--json", type=Path, metavar="FILE")
+    evaluate.add_argument(
+        "--resume", action="store_true", help="keep what --json holds of unchanged editors"
+    )
     evaluate.add_argument("--skip-bad", action="store_true")
     _model(evaluate, editor=False)
 

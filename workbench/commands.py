@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from hashlib import sha256
 from itertools import compress
 from pathlib import Path
 from textwrap import shorten
@@ -21,6 +22,7 @@ from workbench.continuations import continuations
 from workbench.corpus import SENTENCES
 from workbench.data import Dataset, EditExample, read, texts
 from workbench.editors import (
+    Editor,
     Mend,
     TrainableEditor,
     load_editor,
@@ -29,7 +31,7 @@ from workbench.editors import (
     trainable_editors,
 )
 from workbench.errors import DataError, EditorError
-from workbench.evaluate import EvaluationConfig, knows
+from workbench.evaluate import Baselines, EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import write_text
 from workbench.models import LanguageModel, open_model
@@ -126,10 +128,9 @@ def _new_editor(
             f"{options.start} holds a {editor.name!r} editor: start from it with --editor "
             f"{editor.name}."
         )
-    other = {k: v for k, v in settings.items() if getattr(editor.config, k) != v}
-    if isinstance(editor, Mend) and other.keys() == {"gate"} and not editor.config.gate:
-        return editor.gated(other["gate"])
-    if other:
+    if isinstance(editor, Mend):
+        return editor.changed(**settings)
+    if other := {k: v for k, v in settings.items() if getattr(editor.config, k) != v}:
         raise EditorError(
             f"{options.start} was trained with other editor settings than {other}. Leave them out "
             f"(--start brings its own), or leave out --start to train a new editor."
@@ -166,16 +167,56 @@ def evaluate(options: argparse.Namespace) -> None:
         },
         "editors": {},
     }
-    for name in options.editors.split(","):
-        editor = open_editor(name.strip(), lm)
+    kept = _kept(options.json, result["settings"]) if options.resume else {}
+    baselines = Baselines()
+    for name in [name.strip() for name in options.editors.split(",")]:
+        editor = open_editor(name, lm)
+        about = {"settings": editor.settings(), "weights": _weights(editor)}
+        if name in kept and about.items() <= kept[name].items():
+            result["editors"][name] = kept[name]
+            continue
         start = time.perf_counter()
         with tqdm(total=len(examples), desc=name, disable=None) as bar:
-            scores = evaluate_editor(editor, examples, config, on_edit=lambda _: bar.update())
-        settings = {"settings": editor.settings(), "seconds": round(time.perf_counter() - start, 1)}
-        result["editors"][name.strip()] = scores.as_json() | settings
+            scores = evaluate_editor(
+                editor, examples, config, on_edit=lambda _: bar.update(), baselines=baselines
+            )
+        about["seconds"] = round(time.perf_counter() - start, 1)
+        result["editors"][name] = scores.as_json() | about
         if options.json:
-            write_text(options.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            found = {**result, "editors": kept | result["editors"]}
+            write_text(options.json, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _print_table(result["editors"])
+
+
+def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Editors that an earlier run has measured in the same way, and their figures."""
+    if file is None:
+        raise DataError("--resume goes on with the file of an earlier run: name it with --json.")
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        before, editors = found["settings"], found["editors"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} holds no results of evaluate ({error!r}): give another --json."
+        ) from None
+    if other := {k for k in settings if before.get(k) != settings[k]}:
+        raise DataError(
+            f"{file} holds results of other settings: {', '.join(sorted(other))} differ. Give the "
+            f"same, or another --json."
+        )
+    return editors
+
+
+def _weights(editor: Editor) -> str | None:
+    """Fingerprint of what a trained editor has learned; None for one without training."""
+    if not isinstance(editor, TrainableEditor):
+        return None
+    digest = sha256()
+    for name, tensor in sorted(editor.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -264,7 +305,7 @@ def _device_name(lm: LanguageModel) -> str:
 
 def _print_table(editors: dict[str, dict[str, Any]]) -> None:
     names = list(dict.fromkeys(key for scores in editors.values() for key in scores))
-    hidden = {"settings", "confidence_95", "seconds", "n"}
+    hidden = {"settings", "weights", "confidence_95", "seconds", "n"}
     names = [name for name in names if name not in hidden]
     width = max(map(len, names))
     columns: Sequence[str] = [name.rsplit("/", 1)[-1][:16] for name in editors]

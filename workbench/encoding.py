@@ -206,10 +206,15 @@ def sequence_nll(logits: Tensor, batch: Batch) -> Tensor:
     return per_sequence_mean(losses, batch)
 
 
+def per_sequence_sum(values: Tensor, batch: Batch) -> Tensor:
+    """Sum values at target positions, `(n,)`, over each sequence, `(batch,)`."""
+    return values.new_zeros(batch.size).index_add(0, batch.rows, values)
+
+
 def per_sequence_mean(values: Tensor, batch: Batch) -> Tensor:
     """Average values at target positions, `(n,)`, over each sequence, `(batch,)`."""
-    sums = values.new_zeros(batch.size).index_add(0, batch.rows, values)
-    counts = values.new_zeros(batch.size).index_add(0, batch.rows, torch.ones_like(values))
+    sums = per_sequence_sum(values, batch)
+    counts = per_sequence_sum(torch.ones_like(values), batch)
     return sums / counts.clamp(min=1)
 
 

@@ -20,11 +20,12 @@ from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest, TrainableEditor
 from workbench.encoding import Tokens, collate, kl, passes, tokenize, tokenize_text
 from workbench.errors import EditError
+from workbench.layers import EditableLayer
 from workbench.metrics import EditorScores, EditScores, begins_with, exact, mean_or_none
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import Update, stack_sequences
-from workbench.views import Trunk, target_logits
+from workbench.views import Trunk, TrunkCache, target_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,23 @@ class EvaluationConfig:
             raise EditError(f"at_once is a number of edits, at least 1; got {self.at_once}.")
 
 
+class Baselines:
+    """What unedited models make of the texts that edits are judged by: computed once, then kept.
+
+    Args:
+        gigabytes: Memory for each model and height at which edits begin.
+    """
+
+    def __init__(self, gigabytes: float = 1.0) -> None:
+        self._gigabytes = gigabytes
+        self._caches: dict[tuple[LanguageModel, int], TrunkCache] = {}
+
+    def of(self, lm: LanguageModel, layers: Sequence[EditableLayer]) -> TrunkCache:
+        """The cache for edits of these layers."""
+        trunk = Trunk(lm, layers)
+        return self._caches.setdefault((lm, trunk.start), TrunkCache(lm, trunk, self._gigabytes))
+
+
 def evaluate(
     editor: Editor,
     examples: Sequence[EditExample],
@@ -63,6 +81,7 @@ def evaluate(
     *,
     texts: Sequence[str] = SENTENCES,
     on_edit: Callable[[EditScores], object] | None = None,
+    baselines: Baselines | None = None,
 ) -> EditorScores:
     """Make each example's edit, alone or with others, and measure what it changed.
 
@@ -75,8 +94,10 @@ def evaluate(
         config: What is measured; None: the defaults.
         texts: Unrelated texts, for examples that bring too few of their own.
         on_edit: Called with each edit's scores.
+        baselines: Kept from one editor to the next, so that what the model itself makes of the
+            texts is computed once; None: kept for this call.
     """
-    judge = _Judge(editor, config or EvaluationConfig(), texts)
+    judge = _Judge(editor, config or EvaluationConfig(), texts, baselines or Baselines())
     scores = EditorScores()
     while len(scores.edits) < len(examples):
         for found in judge.score(examples[len(scores.edits) :]):
@@ -165,11 +186,17 @@ _ASKED = 512  # prompts sorted by length at a time
 
 
 class _Judge:
-    def __init__(self, editor: Editor, config: EvaluationConfig, texts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        editor: Editor,
+        config: EvaluationConfig,
+        texts: Sequence[str],
+        baselines: Baselines,
+    ) -> None:
         self.editor, self.config, self.lm, self.texts = editor, config, editor.lm, texts
-        self.trunk, self.original = Trunk(self.lm, editor.layers), None
+        self.base, self.original = baselines.of(self.lm, editor.layers), None
         if isinstance(editor, TrainableEditor) and editor.trains_base:
-            self.original = Trunk(editor.original, editor.layers)
+            self.original = baselines.of(editor.original, editor.layers)
 
     def score(self, examples: Sequence[EditExample]) -> list[EditScores]:
         """Scores of the first examples: as many as are fit for one round."""
@@ -242,19 +269,19 @@ class _Judge:
         for places in passes(self.lm, [looks[indices[0]].text for indices in readings]):
             group = [readings[place] for place in places]
             heads = [looks[indices[0]] for indices in group]
-            batch = collate(self.lm, [look.text for look in heads])
-            hidden = self.trunk.hidden(batch)
-            base = self.trunk.logits(batch, hidden)
+            texts = [look.text for look in heads]
+            batch, hidden = collate(self.lm, texts), self.base.hidden(texts)
+            base = self.base.logits(texts)
             update = updates[0]
             if len(updates) > 1:
                 size = self.config.at_once
                 update = stack_sequences([updates[look.edit // size] for look in heads])
             with overlay(self.lm.model, update):
-                edited = self.trunk.logits(batch, hidden)
-            counts = [len(look.text.targets) for look in heads]
+                edited = self.base.trunk.logits(batch, hidden)
+            counts = [len(text.targets) for text in texts]
             original = [None] * len(counts)
             if self.original:
-                original = self.original.logits(batch, hidden).split(counts)
+                original = self.original.logits(texts).split(counts)
             for before, after, raw, indices in zip(
                 base.split(counts), edited.split(counts), original, group, strict=True
             ):

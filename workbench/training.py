@@ -46,10 +46,14 @@ class TrainingConfig:
         gate_lr: Adam's learning rate for the logits of a gated editor's shares.
         c_edit: Weight of the edit loss (0.1 in the paper).
         c_locality: Weight of the locality loss.
+        whole_targets: The edit loss is that of whole targets, summed over their tokens, so that a
+            long one is not learned less for its length; False: the mean by token.
         c_base: Weight of KL(original || trained base) on the locality texts (ENN).
         clip: Largest gradient norm.
         equivalents: Equivalence samples for each edit: first a paraphrase, then the prompt itself.
         neighbors: Neighbouring prompts for each edit whose answers must not move.
+        crossed: Hard negatives for each edit made from other training edits, by turns: its wording
+            with another's subject, and its subject in another relation's wording.
         texts: Unrelated texts for each edit that must not move.
         text_tokens: Tokens read of an unrelated text; every position counts.
         warmup: Steps over which the learning rates rise from 0.
@@ -83,10 +87,12 @@ class TrainingConfig:
     gate_lr: float = 1e-2
     c_edit: float = 0.1
     c_locality: float = 1.0
+    whole_targets: bool = False
     c_base: float = 1.0
     clip: float = 100.0
     equivalents: int = 1
     neighbors: int = 1
+    crossed: int = 0
     texts: int = 1
     text_tokens: int = 20
     warmup: int = 0
@@ -144,8 +150,8 @@ class StepLosses:
     """Means over one batch of edits.
 
     Args:
-        edit: Loss of the equivalents after the edit, nats a token.
-        edit_before: The same before it (of the edit itself), nats a token.
+        edit: Loss of the equivalents after the edit, nats a token (or a whole target).
+        edit_before: The same before it, of the edit itself.
         locality: KL(original || edited) on what must not change, nats a token.
         total: `c_edit * edit + c_locality * locality + c_base * base`.
         success: Share of equivalents whose every target token is the most likely one.
@@ -178,10 +184,8 @@ class MetaStep:
     ) -> None:
         self.editor, self.config, self.lm = editor, config, editor.lm
         self.trunk = Trunk(self.lm, editor.layers, checkpointing=config.checkpointing)
-        self.original = self.trunk
-        if editor.trains_base:
-            self.original = Trunk(editor.original, editor.layers)
-        self.cache = TrunkCache(editor.original, self.original, config.cache_gb if cached else 0.0)
+        original = Trunk(editor.original, editor.layers) if editor.trains_base else self.trunk
+        self.cache = TrunkCache(editor.original, original, config.cache_gb if cached else 0.0)
 
     def losses(
         self, edits: Sequence[EditTexts], backward: bool = True, at_once: int = 1
@@ -226,7 +230,14 @@ class MetaStep:
         nlls, said, *sides = zip(*rows, strict=True)
         padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
         factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
-        return CapturedEdits(tuple(texts), said, factors), torch.stack(nlls).mean().item()
+        before = self._edit_loss(torch.stack(nlls), texts).mean().item()
+        return CapturedEdits(tuple(texts), said, factors), before
+
+    def _edit_loss(self, nll: Tensor, texts: Sequence[Tokens]) -> Tensor:
+        """Each text's loss as it is weighed, from its mean by token, `(batch,)`."""
+        if not self.config.whole_targets:
+            return nll
+        return nll * torch.tensor([len(text.targets) for text in texts], device=nll.device)
 
     def _captured(self, texts: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
         """Each text's loss, the model's own answer, and u and delta of every layer, without the
@@ -261,9 +272,10 @@ class MetaStep:
         texts, owners = _owned([edit.equivalents for edit in edits], at_once)
         losses, exact = [], []
         for places in passes(self.lm, texts):
-            batch, hidden = self._batch([texts[place] for place in places])
+            some = [texts[place] for place in places]
+            batch, hidden = self._batch(some)
             logits = self._edited(batch, hidden, leaves, owners[places])
-            nll = sequence_nll(logits, batch)
+            nll = self._edit_loss(sequence_nll(logits, batch), some)
             if nll.requires_grad:
                 (self.config.c_edit / len(texts) * nll.sum()).backward()
             right = (logits.detach().argmax(-1) == batch.targets).float()
@@ -287,7 +299,7 @@ class MetaStep:
 
         for places in passes(self.lm, texts) if texts else ():
             batch, hidden = self._batch([texts[place] for place in places])
-            base = self.original.base_logits(self.cache.finals([texts[place] for place in places]))
+            base = self.cache.logits([texts[place] for place in places])
             logits = self._edited(batch, hidden, leaves, owners[places])
             edited.append(divergence(base, logits, batch, self.config.c_locality))
             if self.editor.trains_base:

@@ -226,14 +226,14 @@ class TrunkCache:
     """
 
     def __init__(self, lm: LanguageModel, trunk: Trunk, gigabytes: float) -> None:
-        self._lm, self._trunk = lm, trunk
+        self._lm, self.trunk = lm, trunk
         self._kept: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]] = OrderedDict()
         self._factors: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]] = OrderedDict()
         self._bytes, self._limit = 0, int(gigabytes * 2**30)
 
     def hidden(self, texts: Sequence[Tokens]) -> Tensor | None:
         """Hidden states at the cut, padded, `(batch, tokens, width)`; None without a lower part."""
-        if not self._trunk.start:
+        if not self.trunk.start:
             return None
         rows = self._lookup(self._kept, "hidden", texts, self._hidden_rows)
         return pad_sequence([row for (row,) in rows], batch_first=True)
@@ -242,17 +242,21 @@ class TrunkCache:
         """What `Trunk.final` gives at the target positions, `(n, width)`."""
         return torch.cat([row for (row,) in self._lookup(self._kept, "final", texts, self._finals)])
 
+    def logits(self, texts: Sequence[Tokens]) -> Tensor:
+        """The base model's logits at the target positions, `(n, vocabulary)`."""
+        return self.trunk.base_logits(self.finals(texts))
+
     def factors(self, texts: Sequence[Tokens], capture: Callable[[Sequence[Tokens]], Rows]) -> Rows:
         """What `capture` gives for each text, of those kept or anew."""
         return self._lookup(self._factors, "factors", texts, capture)
 
     def _hidden_rows(self, texts: Sequence[Tokens]) -> Rows:
-        hidden = self._trunk.hidden(collate(self._lm, texts))
+        hidden = self.trunk.hidden(collate(self._lm, texts))
         assert hidden is not None
         return [(row[: len(text.ids)].clone(),) for row, text in zip(hidden, texts, strict=True)]
 
     def _finals(self, texts: Sequence[Tokens]) -> Rows:
-        final = self._trunk.final(collate(self._lm, texts), self.hidden(texts))
+        final = self.trunk.final(collate(self._lm, texts), self.hidden(texts))
         return [(row.clone(),) for row in final.split([len(text.targets) for text in texts])]
 
     def _lookup(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class MendConfig:
         gate: A term of an edit acts only on inputs that match its pseudoactivation well enough:
             beyond a share of its match with the edit's own input, which each layer learns. This
             is where the share starts; 0: no gate (the paper). Gated updates are no LoRA.
+        sum_tokens: Edit with the gradient of the whole target's negative log-likelihood, summed
+            over its tokens; False: of the mean by token (the published code), by which each token
+            of a long target has less.
     """
 
     rank: int = 1920
@@ -61,6 +64,7 @@ class MendConfig:
     ascent: bool = False
     unit_v: bool = False
     gate: float = 0.0
+    sum_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -299,7 +303,18 @@ class Mend(TrainableEditor):
 
     def edit_batch(self, edits: CapturedEdits, *, gather: bool = False) -> Update:
         """`update` of what `transform` gives."""
-        return self.update(self.transform(edits.factors, gather=gather), edits.factors)
+        factors = self._factors(edits)
+        return self.update(self.transform(factors, gather=gather), factors)
+
+    def _factors(self, edits: CapturedEdits) -> Mapping[str, Factors]:
+        """Factors of the loss that this editor edits with."""
+        if not self.config.sum_tokens:
+            return edits.factors
+        tokens = torch.tensor([float(len(text.targets)) for text in edits.tokens])
+        return {
+            name: Factors(f.activation, f.delta * tokens.to(f.delta).view(-1, 1, 1))
+            for name, f in edits.factors.items()
+        }
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """The networks, the alphas, and a gate's shares."""
@@ -311,17 +326,35 @@ class Mend(TrainableEditor):
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
         """One update for all requests: their rank-1 terms side by side (section 3.1)."""
         edits = capture_edits(self.lm, self.layers, requests)
-        pseudofactors = self.transform(edits.factors)
-        live = {name: factors.live() for name, factors in edits.factors.items()}
-        update = side_by_side(self.update(pseudofactors, edits.factors), live)
+        factors = self._factors(edits)
+        pseudofactors = self.transform(factors)
+        live = {name: sides.live() for name, sides in factors.items()}
+        update = side_by_side(self.update(pseudofactors, factors), live)
         lrs = dict(zip(update, self.edit_lrs.tolist(), strict=True))
         shares = () if self.gate_logits is None else self.gate_logits.sigmoid().tolist()
         gates = dict(zip(update, shares, strict=False))
-        return Proposal(update, self.layers, edits.tokens, edits.factors, pseudofactors, lrs, gates)
+        return Proposal(update, self.layers, edits.tokens, factors, pseudofactors, lrs, gates)
 
-    def gated(self, share: float) -> Mend:
-        """A copy with a gate that starts at a share; what it has learned stays."""
-        twin = Mend(self.lm, replace(self.config, gate=share))
+    def changed(self, **settings: Any) -> Mend:
+        """A copy that goes on from here with other settings; what it has learned stays.
+
+        Args:
+            settings: Of those that leave the networks' shapes alone: `gate`, where there is none
+                yet, and `sum_tokens`, which makes it gather its running statistics anew.
+
+        Raises:
+            EditorError: Another setting is to change.
+        """
+        new = {k: v for k, v in settings.items() if getattr(self.config, k) != v}
+        if new.keys() - {"gate", "sum_tokens"} or ("gate" in new and self.config.gate):
+            raise EditorError(
+                f"An editor that was trained cannot go on with {new}: of its settings only "
+                f"sum_tokens can change, and a gate be added. Leave the others out, or train a "
+                f"new editor."
+            )
+        twin = Mend(self.lm, replace(self.config, **new))
         twin.load_state_dict(self.state_dict(), strict=False)
+        if "sum_tokens" in new:
+            twin.reset_statistics()
         twin.card = self.card
         return twin.train(self.training)

@@ -1,8 +1,9 @@
 """`make tables`: train what is to be compared, evaluate it, and write the tables of results.
 
-`tables.toml` lists them. Each row of a table is one `python -m workbench evaluate` command and each
-trained editor one `python -m workbench train` command, run as a user would run them; what is
-finished is kept, so that a run that was stopped goes on where it was.
+`tables.toml` lists them. Each variant of a table's part is one `python -m workbench evaluate`
+command and each trained editor one `python -m workbench train` command, run as a user would run
+them; what is finished is kept, so that a run that was stopped goes on where it was, and an editor
+that has changed is measured anew.
 """
 
 from __future__ import annotations
@@ -34,39 +35,40 @@ TRAINED = "@"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One evaluation: its names in the table, and its command's arguments.
+class Measurement:
+    """One `evaluate` command: editors on the same examples, and the rows that they make.
 
     Args:
-        label: The editor, and what else tells the rows apart.
-        editor: A name, or TRAINED and the name of an editor of the recipes.
-        arguments: Of `python -m workbench evaluate`, without editor and output.
+        labels: Editor -> its row's name; editors marked TRAINED are of the recipes.
+        arguments: Of `python -m workbench evaluate`, without editors and output.
+        name: Of the file of its results: other arguments are another file.
     """
 
-    label: str
-    editor: str
+    labels: Mapping[str, str]
     arguments: str
-
-    @property
-    def file(self) -> str:
-        """Name of the row's results: other arguments are another file."""
-        key = hashlib.sha1(f"{self.editor} {self.arguments}".encode()).hexdigest()[:8]
-        return f"{''.join(c if c.isalnum() else '-' for c in self.label).strip('-')}-{key}.json"
+    name: str
 
 
-def rows(part: Mapping[str, Any], limit: int | None = None) -> Iterator[Row]:
-    """The rows of a part of a table: every editor in every variant.
+def measurements(part: Mapping[str, Any], limit: int | None = None) -> Iterator[Measurement]:
+    """What a part of a table takes: its editors in every variant, by number of examples.
 
     Args:
         part: Of a table of the recipes.
         limit: Most examples, instead of the recipes' own.
     """
-    few = f"--limit {limit}" if limit else ""
-    for editor in part["editors"]:
-        name = editor.removeprefix(TRAINED)
-        for variant, more in part.get("variants", {"": ""}).items():
-            label = f"{name}, {variant}" if variant else name
-            yield Row(label, editor, " ".join(filter(None, (part["evaluate"], more, few))))
+    fewer = part.get("limits", {})
+    for variant, more in part.get("variants", {"": ""}).items():
+        groups: dict[int | None, list[str]] = {}
+        for editor in part["editors"]:
+            groups.setdefault(limit or fewer.get(editor), []).append(editor)
+        for most, editors in groups.items():
+            few = f"--limit {most}" if most else ""
+            arguments = " ".join(filter(None, (part["evaluate"], more, few)))
+            names = {editor: editor.removeprefix(TRAINED) for editor in editors}
+            labels = {e: f"{n}, {variant}" if variant else n for e, n in names.items()}
+            key = hashlib.sha1(arguments.encode()).hexdigest()[:8]
+            title = "".join(c if c.isalnum() else "-" for c in f"{part['title']} {variant}".lower())
+            yield Measurement(labels, arguments, f"{title[:40].strip('-')}-{key}.json")
 
 
 class Runner:
@@ -75,7 +77,7 @@ class Runner:
     Args:
         recipes: The contents of `tables.toml`.
         data: Folder of the data sets that the commands name as `{data}`.
-        out: Receives the tables and, in `rows`, what each row's command wrote.
+        out: Receives the tables and, in `rows`, what each command wrote.
         work: Receives the trained editors.
         limit: Most examples of each evaluation, instead of the recipes' own; for a try.
     """
@@ -87,26 +89,23 @@ class Runner:
         self.limit = limit
 
     def table(self, table: Mapping[str, Any]) -> None:
-        """Bring a table up to date, writing it anew after every row."""
+        """Bring a table up to date, writing it anew after every command."""
         for part in table["parts"]:
-            for row in rows(part, self.limit):
-                if not self.result(row).exists():
-                    self.evaluate(row)
+            for measurement in measurements(part, self.limit):
+                self.measure(measurement)
                 self.write(table)
-        self.write(table)
 
-    def result(self, row: Row) -> Path:
-        """Where a row's results lie."""
-        return self.out / "rows" / row.file
+    def measure(self, measurement: Measurement) -> None:
+        """Run a command, after training its editors if need be; what it has measured is kept."""
+        editors = ",".join(self.editor(name) for name in measurement.labels)
+        file = self.out / "rows" / measurement.name
+        self.run(f"evaluate {measurement.arguments} --editors {editors} --json {file} --resume")
 
-    def evaluate(self, row: Row) -> None:
-        """Run a row's command, after training its editor if need be."""
-        trained = row.editor.startswith(TRAINED)
-        editor = self.trained(row.editor.removeprefix(TRAINED)) if trained else row.editor
-        self.run(f"evaluate {row.arguments} --editors {editor} --json {self.result(row)}")
-
-    def trained(self, name: str) -> str:
-        """The folder of a trained editor, which is trained now unless it was."""
+    def editor(self, name: str) -> str:
+        """What the evaluate command calls an editor: a name, or a trained editor's folder."""
+        if not name.startswith(TRAINED):
+            return name
+        name = name.removeprefix(TRAINED)
         folder = self.work / name
         arguments, marker = self.recipes["editors"][name], folder / "finished"
         if not marker.exists():
@@ -127,41 +126,50 @@ class Runner:
             raise SystemExit(status)
 
     def write(self, table: Mapping[str, Any]) -> None:
-        """Write a table's Markdown and JSON from the rows there are."""
+        """Write a table's Markdown and JSON from what has been measured."""
         lines, found = [f"# {table['title']}", "", table["text"].strip(), ""], []
         for part in table["parts"]:
-            measured = [
-                (row, json.loads(self.result(row).read_text()))
-                for row in rows(part, self.limit)
-                if self.result(row).exists()
-            ]
+            measured = list(self.rows(part))
             lines += [f"## {part['title']}", "", *_markdown(measured), "", _command(part), ""]
-            found += [
-                {"part": part["title"], "row": row.label, "arguments": row.arguments, **result}
-                for row, result in measured
-            ]
+            found += [{"part": part["title"], **row} for row in measured]
         write_text(self.out / f"{table['name']}.md", "\n".join(lines))
         whole = {"title": table["title"], "rows": found}
         write_text(self.out / f"{table['name']}.json", json.dumps(whole, indent=1) + "\n")
 
+    def rows(self, part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What has been measured of a part, in the order of its editors."""
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for place, measurement in enumerate(measurements(part, self.limit)):
+            file = self.out / "rows" / measurement.name
+            results = json.loads(file.read_text()) if file.exists() else {"editors": {}}
+            named = {Path(name).name: scores for name, scores in results["editors"].items()}
+            for editor, label in measurement.labels.items():
+                if scores := named.get(editor.removeprefix(TRAINED)):
+                    found[part["editors"].index(editor), place] = {
+                        "row": label,
+                        "arguments": measurement.arguments,
+                        "machine": results["settings"]["device"],
+                        **scores,
+                    }
+        yield from (found[key] for key in sorted(found))
 
-def _markdown(measured: Sequence[tuple[Row, Mapping[str, Any]]]) -> list[str]:
-    figures = [(row, *result["editors"].values()) for row, result in measured]
-    names = [name for name in MEASURES if any(name in scores for _, scores in figures)]
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [name for name in MEASURES if any(name in row for row in rows)]
     head = ["editor", *names, "s/edit", "n"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row, scores in figures:
-        half = scores["confidence_95"]
-        cells = [f"{scores[n]:.3f} ± {half[n]:.3f}" if n in scores else "-" for n in names]
-        lines.append(
-            f"| {' | '.join([row.label, *cells])} | {scores['seconds_per_edit']:.2f} "
-            f"| {scores['n']} |"
-        )
-    if measured:
-        base = {scores.get("neighborhood_score_base") for _, scores in figures} - {None}
-        machines = {result["settings"]["device"] for _, result in measured}
-        note = f"Before any edit, neighborhood_score is {min(base):.3f}. " if base else ""
-        lines += ["", f"{note}Measured on {', '.join(sorted(machines))}; ± is a 95% interval."]
+    for row in rows:
+        half = row["confidence_95"]
+        cells = [f"{row[n]:.3f} ± {half[n]:.3f}" if n in row else "-" for n in names]
+        cells = [row["row"], *cells, f"{row['seconds_per_edit']:.2f}", str(row["n"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    if rows:
+        # Editors on fewer examples, and ENN's own base, have another score before any edit.
+        most = max(rows, key=lambda row: row["n"])
+        base = most.get("neighborhood_score_base")
+        note = f"Before any edit, neighborhood_score is {base:.3f}. " if base else ""
+        machines = ", ".join(sorted({row["machine"] for row in rows}))
+        lines += ["", f"{note}Measured on {machines}; ± is half a 95% interval."]
     return lines
 
 
