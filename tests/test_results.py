@@ -14,7 +14,7 @@ import pytest
 from workbench.__main__ import _parser
 from workbench.editors import SHIPPED, editor_names
 from workbench.errors import WorkbenchError
-from workbench.recipes.tables import RECIPES, TRAINED, Runner, measurements
+from workbench.recipes.tables import RECIPES, TRAINED, Runner, expand, measurements
 
 SHIPPED_RECIPES: dict[str, Any] = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
 PARTS = [part for table in SHIPPED_RECIPES["tables"] for part in table["parts"]]
@@ -22,7 +22,7 @@ PARTS = [part for table in SHIPPED_RECIPES["tables"] for part in table["parts"]]
 
 @pytest.mark.parametrize("name", SHIPPED_RECIPES["editors"])
 def test_each_training_is_a_command(name: str) -> None:
-    command = SHIPPED_RECIPES["editors"][name].format(data="DATA", work="WORK")
+    command = expand(SHIPPED_RECIPES, name).format(data="DATA", work="WORK")
     options = _parser().parse_args(["train", *shlex.split(command), "--out", "DIR"])
     assert options.editor in editor_names()
 

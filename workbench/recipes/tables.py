@@ -71,6 +71,14 @@ def measurements(part: Mapping[str, Any], limit: int | None = None) -> Iterator[
             yield Measurement(labels, arguments, f"{title[:40].strip('-')}-{key}.json")
 
 
+def expand(recipes: Mapping[str, Any], name: str) -> str:
+    """An editor's training arguments with what `[common]` has of them put in; folders stay names."""
+    known = {"data": "{data}", "work": "{work}"}
+    for word, text in recipes.get("common", {}).items():
+        known[word] = text.format(**known)
+    return recipes["editors"][name].format(**known)
+
+
 class Runner:
     """Runs the commands that are missing.
 
@@ -107,7 +115,7 @@ class Runner:
             return name
         name = name.removeprefix(TRAINED)
         folder = self.work / name
-        arguments, marker = self.recipes["editors"][name], folder / "finished"
+        arguments, marker = expand(self.recipes, name), folder / "finished"
         if not marker.exists():
             self.run(f"train {arguments} --out {folder} --resume")
             write_text(marker, arguments + "\n")
