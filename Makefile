@@ -65,8 +65,8 @@ fmt: setup  ## let ruff fix and format
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-notebooks: setup  ## execute the notebooks in place
-	$(PY) -m jupyter execute --inplace notebooks/*.ipynb
+notebooks: setup browser  ## execute the notebooks in place (ARGS="01 05")
+	$(PY) -m tests.notebooks $(ARGS)
 
 bench: setup  ## measure speed and memory
 	$(PY) -m tests.benchmarks $(ARGS)

@@ -388,12 +388,19 @@ def test_prompts_that_do_not_hold_their_subject_are_not_crossed(subject: str | N
     assert Crossing([example, *facts_about("AB", "pq")]).draw(example, 2, random.Random(0)) == []
 
 
-def test_crossed_prompts_are_locality_texts():
-    lm, known = opened("gpt2"), facts_about("AB", "pq")
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_crossed_prompts_are_locality_texts_up_to_the_first_target_token(family: str):
+    lm = opened(family)
+    known = [replace(example, target="a much longer one") for example in facts_about("AB", "pq")]
     config = TrainingConfig(batch=4, crossed=1, texts=0)
-    own = {tokenize(lm, example.prompt, "x") for example in known}
+    first = set()
+    for example in known:
+        whole = tokenize(lm, example.prompt, example.target)
+        assert len(whole.targets) > 1
+        read = tuple(lm.tokenizer(example.prompt)["input_ids"])
+        first.add(Tokens(read, whole.targets[:1]))
     for texts in TextSampler(lm, known, (), config).batch(0):
-        assert set(texts.locality) < own - {texts.edit}
+        assert set(texts.locality) < first
 
 
 def test_no_examples_are_refused():

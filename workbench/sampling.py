@@ -68,7 +68,7 @@ class TextSampler:
         locality = [_statement(lm, s) for s in near[: config.neighbors]]
         if self._crossing:
             crossed = self._crossing.draw(example, config.crossed, chooser)
-            locality += [tokenize(lm, prompt, example.target) for prompt in crossed]
+            locality += [_first(lm, prompt, example.target) for prompt in crossed]
         for _ in range(config.texts):
             if far and (not self._texts or chooser.random() < 0.5):
                 locality.append(_statement(lm, chooser.choice(far)))
@@ -133,6 +133,13 @@ def _relation(example: EditExample) -> str | None:
 
 def _fill(wording: EditExample, subject: EditExample) -> str:
     return wording.prompt.replace(wording.subject or "", subject.subject or "", 1)
+
+
+def _first(lm: LanguageModel, prompt: str, target: str) -> Tokens:
+    """A text with the target's first token alone: later ones would follow the edit's own words."""
+    text = tokenize(lm, prompt, target)
+    cut = len(text.targets) - 1 if lm.kind == "causal" else 0
+    return Tokens(text.ids[: len(text.ids) - cut], text.targets[:1])
 
 
 def _statement(lm: LanguageModel, statement: Statement) -> Tokens:
