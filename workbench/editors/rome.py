@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from itertools import groupby
 from typing import Any, ClassVar, Self
 
@@ -212,7 +213,7 @@ class _Shifted(nn.Module):
 def input_moment(inputs: LayerInputs, texts: int, seed: int) -> Tensor:
     """C, the uncentred covariance of what a layer reads of built-in sentences and facts.
 
-    Kept in the user's cache folder, by the weights' fingerprint.
+    Kept in the user's cache folder, by the weights' fingerprint and what was read.
 
     Args:
         inputs: Gives what the layer reads.
@@ -225,10 +226,12 @@ def input_moment(inputs: LayerInputs, texts: int, seed: int) -> Tensor:
     Raises:
         Cancelled: See `cancellable`.
     """
-    name = f"{inputs.lm.fingerprint()}-{inputs.layer.name}-{texts}-{seed}".replace(":", "-")
+    read = _texts(inputs.lm, texts, seed)
+    digest = sha256(str([text.ids for text in read]).encode()).hexdigest()[:12]
+    name = f"{inputs.lm.fingerprint()}-{inputs.layer.name}-{digest}".replace(":", "-")
     file = cache_folder() / "moments" / f"{name}.safetensors"
     if not file.is_file():
-        write_tensors(file, {"moment": _gather(inputs, _texts(inputs.lm, texts, seed))}, {})
+        write_tensors(file, {"moment": _gather(inputs, read)}, {})
     return read_tensors(file, EditorError)[0]["moment"].to(inputs.lm.device)
 
 

@@ -72,7 +72,7 @@ def measurements(part: Mapping[str, Any], limit: int | None = None) -> Iterator[
 
 
 def expand(recipes: Mapping[str, Any], name: str) -> str:
-    """An editor's training arguments with what `[common]` has of them put in; folders stay names."""
+    """An editor's training arguments, with what `[common]` has of them; folders stay names."""
     known = {"data": "{data}", "work": "{work}"}
     for word, text in recipes.get("common", {}).items():
         known[word] = text.format(**known)
