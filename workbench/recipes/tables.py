@@ -138,7 +138,8 @@ class Runner:
         lines, found = [f"# {table['title']}", "", table["text"].strip(), ""], []
         for part in table["parts"]:
             measured = list(self.rows(part))
-            lines += [f"## {part['title']}", "", *_markdown(measured), "", _command(part), ""]
+            shown = _markdown(measured) if measured else ["Not measured yet."]
+            lines += [f"## {part['title']}", "", *shown, "", _command(part), ""]
             found += [{"part": part["title"], **row} for row in measured]
         write_text(self.out / f"{table['name']}.md", "\n".join(lines))
         whole = {"title": table["title"], "rows": found}
@@ -171,14 +172,12 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [f"{row[n]:.3f} ± {half[n]:.3f}" if n in row else "-" for n in names]
         cells = [row["row"], *cells, f"{row['seconds_per_edit']:.2f}", str(row["n"])]
         lines.append(f"| {' | '.join(cells)} |")
-    if rows:
-        # Editors on fewer examples, and ENN's own base, have another score before any edit.
-        most = max(rows, key=lambda row: row["n"])
-        base = most.get("neighborhood_score_base")
-        note = f"Before any edit, neighborhood_score is {base:.3f}. " if base else ""
-        machines = ", ".join(sorted({row["machine"] for row in rows}))
-        lines += ["", f"{note}Measured on {machines}; ± is half a 95% interval."]
-    return lines
+    # Editors on fewer examples, and ENN's own base, have another score before any edit.
+    most = max(rows, key=lambda row: row["n"])
+    base = most.get("neighborhood_score_base")
+    note = f"Before any edit, neighborhood_score is {base:.3f}. " if base else ""
+    machines = ", ".join(sorted({row["machine"] for row in rows}))
+    return [*lines, "", f"{note}Measured on {machines}; ± is half a 95% interval."]
 
 
 def _command(part: Mapping[str, Any]) -> str:
