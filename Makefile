@@ -66,7 +66,7 @@ fmt: setup  ## let ruff fix and format
 	$(PY) -m ruff format
 
 notebooks: setup browser  ## execute the notebooks in place (ARGS="01 05")
-	$(PY) -m tests.notebooks $(ARGS)
+	$(PY) -m tests.notebook_runs $(ARGS)
 
 bench: setup  ## measure speed and memory
 	$(PY) -m tests.benchmarks $(ARGS)

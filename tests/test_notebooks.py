@@ -6,8 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
-from notebooks import LARGEST, NOTEBOOKS, complaints, execute, stated_minutes
+from notebook_runs import LARGEST, NOTEBOOKS, complaints, execute, stated_minutes
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
