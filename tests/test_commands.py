@@ -80,6 +80,23 @@ def test_evaluate_command_writes_what_it_measured(
     assert "edit_success" in capsys.readouterr().out
 
 
+def test_resuming_other_results_is_refused_and_they_stay(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    command = ["evaluate", "--model", tiny_model, "--data", "facts", "--editors", "ft", "--resume"]
+    assert main([*command, "--limit", "1"]) == 2
+    assert "name it with --json" in capsys.readouterr().err
+    assert main([*command, "--limit", "1", "--json", str(out)]) == 0
+    before = out.read_text()
+    assert main([*command, "--limit", "2", "--json", str(out)]) == 2
+    assert "results of other settings: limit differ" in capsys.readouterr().err
+    assert out.read_text() == before
+    out.write_text("[]")
+    assert main([*command, "--limit", "1", "--json", str(out)]) == 2
+    assert "holds no results of evaluate" in capsys.readouterr().err
+
+
 def test_known_edits_only_what_the_model_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
