@@ -16,8 +16,7 @@ from workbench.editors import EditRequest, TrainableEditor
 from workbench.editors.mend import Mend, MendConfig
 from workbench.encoding import Tokens, tokenize
 from workbench.models import LanguageModel
-from workbench.trainer import Progress, Trainer
-from workbench.training import EditTexts, StepLosses, TrainingConfig
+from workbench.training import EditTexts, Progress, StepLosses, Trainer, TrainingConfig
 
 torch.set_num_threads(1)
 opened = cache(language_model)

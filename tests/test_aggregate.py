@@ -13,8 +13,7 @@ from workbench.aggregate import Aggregation, propose_together, ridge
 from workbench.editors import Mend
 from workbench.evaluate import EvaluationConfig, evaluate
 from workbench.overlay import overlay
-from workbench.sampling import TextSampler
-from workbench.training import MetaStep, TrainingConfig
+from workbench.training import MetaStep, TextSampler, TrainingConfig
 
 REQUESTS = [EditRequest(e.prompt, e.target) for e in examples(4)]
 

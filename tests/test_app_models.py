@@ -19,7 +19,7 @@ from apps.editor.sessions import SCREEN, Session
 from apps.editor.shelf import Shelf
 from workbench import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig, ModelError, Workbench
 from workbench.editors import save_editor
-from workbench.editors.base import gradient_factors
+from workbench.editors.proposals import gradient_factors
 from workbench.models import LanguageModel, open_model
 
 torch.set_num_threads(1)

@@ -9,9 +9,8 @@ from tokenizers.processors import TemplateProcessing
 
 from workbench import EditError, FineTune, FineTuneConfig, LanguageModel, Workbench
 from workbench.compare import compare_prompts, generate_texts
-from workbench.encoding import collate, tokenize
+from workbench.encoding import collate, kl, tokenize
 from workbench.probes import Probe
-from workbench.training import kl
 from workbench.updates import Update
 
 SHORT, LONG = "Bees make", "The capital of France is, as everybody knows,"

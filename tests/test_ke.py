@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from workbench import Workbench
 from workbench.editors import Ke, KeConfig, load_editor, save_editor
-from workbench.editors.base import CapturedEdits, capture_edits
+from workbench.editors.proposals import CapturedEdits, capture_edits
 from workbench.encoding import collate
 from workbench.errors import EditorError
 from workbench.factors import capture

@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from workbench.editors.base import EditRequest, gradient_factors, load_editor, save_editor
+from workbench.editors.base import load_editor, save_editor
 from workbench.editors.mend import EditorNetwork, Mend, MendConfig
-from workbench.encoding import collate
+from workbench.editors.proposals import EditRequest, gradient_factors, missed
+from workbench.encoding import collate, tokenize
 from workbench.errors import EditError, EditorError
 from workbench.factors import Factors, capture
 from workbench.files import write_tensors
 from workbench.models import LanguageModel
+from workbench.overlay import overlay
 from workbench.views import target_logits
 
 torch.set_num_threads(1)
@@ -291,6 +293,14 @@ def test_a_gate_is_put_on_what_has_been_learned():
         assert torch.equal(layer.dense(), ours[name].dense())
 
 
+def test_what_has_been_learned_serves_any_number_of_rounds():
+    editor = stirred(editor_for("llama"))
+    changed = editor.changed(rounds=3, later_strength=0.5)
+    assert (changed.rounds, changed.later_strength) == (3, 0.5)
+    for name, tensor in editor.state_dict().items():
+        assert torch.equal(tensor, changed.state_dict()[name])
+
+
 @kinds
 def test_whole_targets_are_edited_with_the_gradient_of_their_sum(family: str):
     editor = editor_for(family, sum_tokens=True)
@@ -320,6 +330,37 @@ def test_what_has_been_learned_fits_no_other_settings(setting: dict[str, Any]):
     editor = editor_for("llama", gate=0.3)
     with pytest.raises(EditorError, match=f"cannot go on with .*{next(iter(setting))}"):
         editor.changed(**setting)
+
+
+@kinds
+def test_later_rounds_edit_what_the_edited_model_still_misses(family: str):
+    once, twice = (stirred(editor_for(family, rounds=rounds)) for rounds in (1, 2))
+    lm, asked = once.lm, requests(once.lm)
+    first = once.propose(asked)
+    with overlay(lm.model, first.update):
+        left = missed(lm, asked)
+        again = once.propose(left) if left else None
+    made = twice.propose(asked)
+    wanted = first.update + again.update * 0.3 if again else first.update
+    for name, layer in made.update.items():
+        same(layer.dense(), wanted[name].dense())
+    assert made.tokens == (*first.tokens, *(again.tokens if again else ()))
+    # A proposal's update is what its pseudofactors add up to, however many rounds they are of.
+    assert made.pseudofactors
+    for name, sides in made.pseudofactors.items():
+        same(made.update[name].dense(), -made.edit_lrs[name] * sides.gradient())
+
+
+def test_what_is_given_already_takes_no_further_round():
+    editor = editor_for("llama", rounds=3)
+    lm, prompt = editor.lm, "The capital of France is "
+    batch = collate(lm, [tokenize(lm, prompt, "Lyon")])
+    own = str(lm.tokenizer.decode(target_logits(lm, batch).argmax(-1)[:1]))
+    assert missed(lm, [EditRequest(prompt, "Lyon")]) == [EditRequest(prompt, "Lyon")]
+    assert not missed(lm, [EditRequest(prompt, own)])
+    still = editor_for("llama", rounds=3, edit_lr=0.0)
+    assert still.propose([EditRequest(prompt, own)]).tokens == (tokenize(lm, prompt, own),)
+    assert len(still.propose([EditRequest(prompt, "Lyon")]).tokens) == 3
 
 
 def test_ascent_reverses_the_update():
@@ -369,6 +410,8 @@ def test_settings_are_json_and_make_the_same_editor(config: dict):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(EditorError, match="rank must be at least 1; got 0"):
         MendConfig(rank=0)
+    with pytest.raises(EditorError, match="rounds must be at least 1; got 0"):
+        MendConfig(rounds=0)
     with pytest.raises(EditorError, match=r"0 \(no gate\) to below 1; got 1.0"):
         MendConfig(gate=1.0)
     with pytest.raises(EditorError, match=r"both, activation, delta, smaller; got 'u'"):

@@ -24,8 +24,7 @@ from workbench.encoding import Batch, Tokens, collate
 from workbench.factors import Factors, capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.trainer import Trainer
-from workbench.training import EditTexts, MetaStep, StepLosses, TrainingConfig
+from workbench.training import EditTexts, MetaStep, StepLosses, Trainer, TrainingConfig
 from workbench.updates import LayerUpdate, Update
 from workbench.views import target_logits
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from workbench import plots, style
 from workbench.editors import Editor, EditRequest, FineTune, FineTuneConfig, Mend, MendConfig
-from workbench.editors.base import gradient_factors
+from workbench.editors.proposals import gradient_factors
 from workbench.errors import EditError
 from workbench.probes import KINDS
 from workbench.results import (

@@ -21,9 +21,7 @@ from workbench.editors.base import load_editor
 from workbench.editors.mend import Mend
 from workbench.errors import EditError, EditorError
 from workbench.files import read_tensors, write_tensors
-from workbench.sampling import TextSampler
-from workbench.trainer import CHECKPOINT, Progress, Trainer
-from workbench.training import EditTexts, StepLosses
+from workbench.training import CHECKPOINT, EditTexts, Progress, StepLosses, TextSampler, Trainer
 
 torch.set_num_threads(1)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from workbench.editors import Editor, EditRequest, Proposal
+from workbench.editors.proposals import joined
 from workbench.errors import EditError
-from workbench.factors import Factors
 from workbench.overlay import overlay
 from workbench.updates import LayerUpdate, Update
 
@@ -52,36 +51,8 @@ def propose_together(
         with overlay(editor.lm.model, before):
             proposals.append(editor.propose([request]))
     if aggregation == "sequence":
-        return _joined(proposals, Update.sum(p.update for p in proposals))
-    return replace(_joined(proposals, ridge(proposals, damping)), gates={})
-
-
-def _joined(proposals: Sequence[Proposal], update: Update) -> Proposal:
-    """One proposal of several requests that were proposed alone."""
-    first = proposals[0]
-    pseudo = [p.pseudofactors for p in proposals if p.pseudofactors is not None]
-    return replace(
-        first,
-        update=update,
-        tokens=tuple(text for proposal in proposals for text in proposal.tokens),
-        factors=_padded([proposal.factors for proposal in proposals]),
-        pseudofactors=_padded(pseudo) if pseudo else None,
-    )
-
-
-def _padded(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    """Factors of one sequence each as those of a batch, zero rows filling up."""
-
-    def batch(rows: list[Tensor]) -> Tensor:
-        return pad_sequence(rows, batch_first=True)
-
-    return {
-        name: Factors(
-            batch([part[name].activation[0] for part in parts]),
-            batch([part[name].delta[0] for part in parts]),
-        )
-        for name in parts[0]
-    }
+        return joined(proposals, Update.sum(p.update for p in proposals))
+    return replace(joined(proposals, ridge(proposals, damping)), gates={})
 
 
 @torch.no_grad()

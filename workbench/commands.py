@@ -38,8 +38,7 @@ from workbench.models import LanguageModel, open_model
 from workbench.probes import Probe
 from workbench.results import Comparison
 from workbench.session import Workbench
-from workbench.trainer import Trainer
-from workbench.training import TrainingConfig
+from workbench.training import Trainer, TrainingConfig
 
 
 def edit(options: argparse.Namespace) -> None:

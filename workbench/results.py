@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from workbench.editors.base import EditRequest, Proposal
+from workbench.editors.proposals import EditRequest, Proposal
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
 from workbench.metrics import begins_with

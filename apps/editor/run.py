@@ -16,7 +16,7 @@ import psutil
 from apps.editor.shelf import OpenModel
 from workbench import EditorError, WorkbenchError
 from workbench.files import write_text
-from workbench.trainer import LOG, Trainer
+from workbench.training import LOG, Trainer
 
 ABOUT, EDITOR = "run.json", "editor.safetensors"
 _log = logging.getLogger(__name__)

@@ -20,8 +20,7 @@ from workbench.corpus import SENTENCES
 from workbench.data import EditExample, UnreadableRecord, read
 from workbench.editors import shipped_editor
 from workbench.models import DEFAULT_MODEL, LanguageModel, cache_folder
-from workbench.trainer import Progress, Trainer
-from workbench.training import StepLosses, TrainingConfig
+from workbench.training import Progress, StepLosses, Trainer, TrainingConfig
 
 DATA = "data"
 # Beside what the form asks: as the embedded model's editor was trained, with less memory.

@@ -23,8 +23,7 @@ from workbench.corpus import SENTENCES
 from workbench.data import read
 from workbench.editors import Mend, MendConfig
 from workbench.encoding import collate, tokenize
-from workbench.sampling import TextSampler
-from workbench.training import MetaStep, TrainingConfig
+from workbench.training import MetaStep, TextSampler, TrainingConfig
 
 PROMPT, TARGET = "The capital of France is", "Lyon"
 

@@ -15,9 +15,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from workbench.editors import Mend
-from workbench.encoding import Batch, Tokens, collate
+from workbench.encoding import Batch, Tokens, collate, kl
 from workbench.factors import Factors
-from workbench.training import EditTexts, TrainingConfig, kl
+from workbench.training import EditTexts, TrainingConfig
 
 
 class ReferenceLoop:

@@ -8,8 +8,6 @@ from typing import Any
 
 from workbench.editors.base import (
     Editor,
-    EditRequest,
-    Proposal,
     TrainableEditor,
     editor_class,
     editor_names,
@@ -21,6 +19,7 @@ from workbench.editors.finetune import FineTune, FineTuneConfig, FineTuneKL
 from workbench.editors.ke import Ke, KeConfig
 from workbench.editors.lora import Lora, LoraConfig
 from workbench.editors.mend import Mend, MendConfig
+from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
 from workbench.editors.rome import Rome, RomeConfig
 from workbench.errors import EditorError
 from workbench.models import DEFAULT_MODEL, LanguageModel
@@ -48,6 +47,7 @@ __all__ = [
     "editor_class",
     "editor_names",
     "editor_source",
+    "gradient_factors",
     "load_editor",
     "open_editor",
     "save_editor",

@@ -6,7 +6,7 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
@@ -14,74 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from workbench.cancel import checkpoint
-from workbench.encoding import Tokens, collate, sequence_nll, tokenize
+from workbench.editors.proposals import CapturedEdits, EditRequest, Proposal
 from workbench.errors import EditError, EditorError, WorkbenchError
-from workbench.factors import Factors, capture
 from workbench.files import read_tensors, write_tensors, write_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
-from workbench.updates import LayerUpdate, Update
-from workbench.views import target_logits
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """What the model should say: after `prompt`, `target`.
-
-    Args:
-        prompt: What it reads.
-        target: What it should say next.
-        subject: What the prompt is about, a part of it; for ROME, which guesses it where it is
-            None. Other editors do not look at it.
-    """
-
-    prompt: str
-    target: str
-    subject: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """An editor's answer: the update, and the factors it was made from.
-
-    Args:
-        update: The change of weights; nothing has been applied.
-        layers: The layers it changes, lowest first.
-        tokens: The requests as tokens, in the order of the factors' batch axis.
-        factors: Layer name -> the gradient's factors, `(batch, tokens, width)`.
-        pseudofactors: Layer name -> pseudoactivations and pseudodeltas of the same shapes; None
-            for editors that do not transform factors.
-        edit_lrs: Layer name -> the layer's step size; empty where an editor has none.
-        gates: Layer name -> the share of its own match beyond which a term acts; likewise.
-    """
-
-    update: Update
-    layers: tuple[EditableLayer, ...]
-    tokens: tuple[Tokens, ...]
-    factors: Mapping[str, Factors]
-    pseudofactors: Mapping[str, Factors] | None = None
-    edit_lrs: Mapping[str, float] = field(default_factory=dict)
-    gates: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedEdits:
-    """A batch of edits as the model sees them, before any of them is made.
-
-    Args:
-        tokens: Each edit's text.
-        predictions: What the model says in place of each edit's targets, `(targets,)` each.
-        factors: Layer name -> factors of each edit's own mean loss, `(batch, tokens, width)`.
-    """
-
-    tokens: tuple[Tokens, ...]
-    predictions: tuple[Tensor, ...]
-    factors: Mapping[str, Factors]
-
-    def __getitem__(self, part: slice) -> CapturedEdits:
-        """Some of the edits."""
-        factors = {n: Factors(f.activation[part], f.delta[part]) for n, f in self.factors.items()}
-        return CapturedEdits(self.tokens[part], self.predictions[part], factors)
+from workbench.updates import Update
 
 
 @runtime_checkable
@@ -107,61 +45,6 @@ class Editor(Protocol):
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
         """Make one update that carries out all requests; the model is left as it is."""
         ...
-
-
-def capture_edits(
-    lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
-) -> CapturedEdits:
-    """Tokenise requests and capture the factors of each one's own mean loss.
-
-    One forward pass and one backward pass down to the first edited layer.
-
-    Args:
-        lm: The frozen model.
-        layers: Where to capture.
-        requests: At least one.
-
-    Raises:
-        EditError: There is no request, or the loss is not finite.
-    """
-    if not requests:
-        raise EditError("There is nothing to edit: give at least one request (prompt, target).")
-    tokens = tuple(tokenize(lm, request.prompt, request.target) for request in requests)
-    batch = collate(lm, tokens)
-    with capture(layers) as tap:
-        logits = target_logits(lm, batch)
-        loss = sequence_nll(logits, batch).sum()
-        if not torch.isfinite(loss):
-            raise EditError(
-                f"The model's loss on this edit is {loss.item()}; its weights or activations are "
-                f"not finite, so there is no gradient to edit with."
-            )
-        factors = tap.factors(loss, batch.size)
-    said = logits.detach().argmax(-1).split([len(text.targets) for text in tokens])
-    return CapturedEdits(tokens, said, factors)
-
-
-def gradient_factors(
-    lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
-) -> tuple[tuple[Tokens, ...], dict[str, Factors]]:
-    """The tokens and the factors that `capture_edits` finds."""
-    edits = capture_edits(lm, layers, requests)
-    return edits.tokens, dict(edits.factors)
-
-
-def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
-    """One update that carries out a whole batch of edits: all their terms (section 3.1).
-
-    Args:
-        batched: One change a sequence, `(batch, rank, width)`.
-        kept: Layer name -> the terms to keep, `(batch, rank)` bool; those of padding go.
-    """
-    made = {}
-    for name, layer in batched.items():
-        live = kept[name].to(layer.A.device)
-        threshold = None if layer.threshold is None else layer.threshold[live]
-        made[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale), threshold)
-    return Update(made)
 
 
 def descend(
@@ -204,6 +87,9 @@ class TrainableEditor(nn.Module, ABC):
         config_class: Dataclass of its settings.
         training_defaults: Settings of training that do for it where `TrainingConfig`'s do not.
         second_order: Training differentiates through the gradient that an edit is made from.
+        rounds: Most times that an edit is made, each but the first over the model edited so far,
+            where that does not give the target yet.
+        later_strength: How strongly rounds after the first act.
         edit_lrs: The layers' step sizes, learned.
         card: What it was trained on and how it did, as JSON values.
         folder: Where it was opened from; None if it was made in memory.
@@ -223,6 +109,7 @@ class TrainableEditor(nn.Module, ABC):
         super().__init__()
         self.lm, self.layers, self.config, self.original = lm, layers, config, original or lm
         self.second_order = False
+        self.rounds, self.later_strength = 1, 1.0
         self.edit_lrs = nn.Parameter(torch.full((len(layers),), config.edit_lr, device=lm.device))
         self.card: Mapping[str, Any] = {}
         self.folder: str | None = None

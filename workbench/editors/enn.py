@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from workbench.editors.base import (
+from workbench.editors.base import TrainableEditor, register
+from workbench.editors.proposals import (
     CapturedEdits,
     EditRequest,
     Proposal,
-    TrainableEditor,
     capture_edits,
-    register,
     side_by_side,
 )
 from workbench.errors import EditorError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from workbench.corpus import SENTENCES
-from workbench.editors.base import EditRequest, Proposal, descend, gradient_factors, register
+from workbench.editors.base import descend, register
+from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
 from workbench.encoding import Tokens, collate, kl, sequence_nll, tokenize_text
 from workbench.errors import EditorError
 from workbench.layers import EditableLayer

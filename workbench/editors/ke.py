@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
-from workbench.editors.base import (
+from workbench.editors.base import TrainableEditor, register
+from workbench.editors.proposals import (
     CapturedEdits,
     EditRequest,
     Proposal,
-    TrainableEditor,
     capture_edits,
-    register,
     side_by_side,
 )
 from workbench.encoding import Tokens, label_names

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from workbench.editors.base import EditRequest, Proposal, descend, gradient_factors, register
+from workbench.editors.base import descend, register
+from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
 from workbench.encoding import collate, sequence_nll
 from workbench.errors import EditorError
 from workbench.layers import EditableLayer

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from workbench.editors.base import (
+from workbench.editors.base import TrainableEditor, register
+from workbench.editors.proposals import (
     CapturedEdits,
     EditRequest,
     Proposal,
-    TrainableEditor,
     capture_edits,
-    register,
+    joined,
+    missed,
     side_by_side,
 )
 from workbench.errors import EditorError
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
+from workbench.overlay import overlay
 from workbench.updates import LayerUpdate, Update
 
 Inputs = Literal["both", "activation", "delta", "smaller"]
@@ -51,6 +53,10 @@ class MendConfig:
         sum_tokens: Edit with the gradient of the whole target's negative log-likelihood, summed
             over its tokens; False: of the mean by token (the published code), by which each token
             of a long target has less.
+        rounds: An edit whose target the edited model does not give yet is edited once more, with
+            the gradient of the edited model, until it does or this many rounds are made (the
+            paper: 1).
+        later_strength: How strongly rounds after the first act.
     """
 
     rank: int = 1920
@@ -65,12 +71,16 @@ class MendConfig:
     unit_v: bool = False
     gate: float = 0.0
     sum_tokens: bool = False
+    rounds: int = 1
+    later_strength: float = 0.3
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise EditorError(f"rank must be at least 1; got {self.rank}.")
         if not 0 <= self.gate < 1:
             raise EditorError(f"gate is a share, 0 (no gate) to below 1; got {self.gate}.")
+        if self.rounds < 1:
+            raise EditorError(f"rounds must be at least 1; got {self.rounds}.")
         if self.inputs not in get_args(Inputs):
             raise EditorError(
                 f"inputs must be one of {', '.join(get_args(Inputs))}; got {self.inputs!r}."
@@ -228,6 +238,7 @@ class Mend(TrainableEditor):
     def __init__(self, lm: LanguageModel, config: MendConfig | None = None) -> None:
         config = config or MendConfig()
         super().__init__(lm, lm.layers(config.blocks, config.matrices), config)
+        self.rounds, self.later_strength = config.rounds, config.later_strength
         self.groups: dict[str, list[EditableLayer]] = {}
         for layer in self.layers:
             shape = f"{layer.in_features}x{layer.out_features}"
@@ -324,10 +335,30 @@ class Mend(TrainableEditor):
 
     @torch.no_grad()
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
-        """One update for all requests: their rank-1 terms side by side (section 3.1)."""
+        """One update for all requests: their rank-1 terms side by side (section 3.1).
+
+        With several rounds, the terms of all of them.
+        """
+        proposals = [self._round(requests)]
+        while len(proposals) < self.rounds:
+            update = Update.sum(proposal.update for proposal in proposals)
+            with overlay(self.lm.model, update):
+                left = missed(self.lm, requests)
+                if not left:
+                    break
+                proposals.append(self._round(left, self.later_strength))
+        if len(proposals) == 1:
+            return proposals[0]
+        return joined(proposals, Update.sum(proposal.update for proposal in proposals))
+
+    def _round(self, requests: Sequence[EditRequest], strength: float = 1.0) -> Proposal:
         edits = capture_edits(self.lm, self.layers, requests)
         factors = self._factors(edits)
         pseudofactors = self.transform(factors)
+        if strength != 1:
+            pseudofactors = {
+                name: Factors(p.activation, p.delta * strength) for name, p in pseudofactors.items()
+            }
         live = {name: sides.live() for name, sides in factors.items()}
         update = side_by_side(self.update(pseudofactors, factors), live)
         lrs = dict(zip(update, self.edit_lrs.tolist(), strict=True))
@@ -339,18 +370,20 @@ class Mend(TrainableEditor):
         """A copy that goes on from here with other settings; what it has learned stays.
 
         Args:
-            settings: Of those that leave the networks' shapes alone: `gate`, where there is none
-                yet, and `sum_tokens`, which makes it gather its running statistics anew.
+            settings: Of those that leave the networks' shapes alone: `rounds` and
+                `later_strength`; `gate`, where there is none yet; `sum_tokens`, which makes it
+                gather its running statistics anew.
 
         Raises:
             EditorError: Another setting is to change.
         """
         new = {k: v for k, v in settings.items() if getattr(self.config, k) != v}
-        if new.keys() - {"gate", "sum_tokens"} or ("gate" in new and self.config.gate):
+        free = {"gate", "sum_tokens", "rounds", "later_strength"}
+        if new.keys() - free or ("gate" in new and self.config.gate):
             raise EditorError(
                 f"An editor that was trained cannot go on with {new}: of its settings only "
-                f"sum_tokens can change, and a gate be added. Leave the others out, or train a "
-                f"new editor."
+                f"sum_tokens, rounds and later_strength can change, and a gate be added. Leave "
+                f"the others out, or train a new editor."
             )
         twin = Mend(self.lm, replace(self.config, **new))
         twin.load_state_dict(self.state_dict(), strict=False)

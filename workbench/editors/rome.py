@@ -17,7 +17,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from workbench.cancel import checkpoint
 from workbench.corpus import SENTENCES, facts
-from workbench.editors.base import EditRequest, Proposal, descend, gradient_factors, register
+from workbench.editors.base import descend, register
+from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
 from workbench.encoding import Batch, Tokens, collate, sequence_nll, tokenize, tokenize_text
 from workbench.errors import EditorError, ModelError
 from workbench.files import read_tensors, write_tensors

@@ -10,7 +10,8 @@ from workbench.data import EditExample, Statement
 from workbench.encoding import Tokens, tokenize, tokenize_text
 from workbench.errors import EditError, EditorError
 from workbench.models import LanguageModel
-from workbench.training import EditTexts, TrainingConfig
+from workbench.training.config import TrainingConfig
+from workbench.training.step import EditTexts
 
 
 class TextSampler:

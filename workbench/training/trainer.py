@@ -24,8 +24,9 @@ from workbench.files import (
     write_tensors,
     write_text,
 )
-from workbench.sampling import TextSampler
-from workbench.training import MetaStep, StepLosses, TrainingConfig
+from workbench.training.config import TrainingConfig
+from workbench.training.sampling import TextSampler
+from workbench.training.step import MetaStep, StepLosses
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from workbench.editors.base import CapturedEdits, TrainableEditor
+from workbench.editors.base import TrainableEditor
+from workbench.editors.proposals import CapturedEdits
 from workbench.encoding import (
     Batch,
     Tokens,
@@ -23,117 +23,12 @@ from workbench.encoding import (
     per_sequence_mean,
     sequence_nll,
 )
-from workbench.errors import EditorError
 from workbench.factors import Factors, capture
+from workbench.metrics import exact
 from workbench.overlay import overlay
+from workbench.training.config import TrainingConfig
 from workbench.updates import Update
 from workbench.views import Trunk, TrunkCache
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of meta-training; the defaults are the paper's for MEND where it gives one.
-
-    Learning rates and weights of what an editor does not have are not looked at.
-
-    Args:
-        steps: Optimiser steps.
-        batch: Edits in one step, all captured, transformed and scored together.
-        at_once: Most edits that are live together when their texts are scored. Each step draws
-            a power of 2 up to it, so that an editor learns to edit alone and in company.
-        lr: Adam's learning rate for the networks, or for the trained base.
-        edit_lr_lr: Adam's learning rate for the layers' alphas.
-        gate_lr: Adam's learning rate for the logits of a gated editor's shares.
-        c_edit: Weight of the edit loss (0.1 in the paper).
-        c_locality: Weight of the locality loss.
-        whole_targets: The edit loss is that of whole targets, summed over their tokens, so that a
-            long one is not learned less for its length; False: the mean by token.
-        c_base: Weight of KL(original || trained base) on the locality texts (ENN).
-        clip: Largest gradient norm.
-        equivalents: Equivalence samples for each edit: first a paraphrase, then the prompt itself.
-        neighbors: Neighbouring prompts for each edit whose answers must not move.
-        crossed: Hard negatives for each edit made from other training edits, by turns: its wording
-            with another's subject, and its subject in another relation's wording.
-        texts: Unrelated texts for each edit that must not move.
-        text_tokens: Tokens read of an unrelated text; every position counts.
-        warmup: Steps over which the learning rates rise from 0.
-        decay: Share of the steps, at the end, over which they fall to 0.
-        seed: Chooses the batches; a step's batch depends on the seed and the step alone.
-        validate_every: Steps between two looks at the validation examples.
-        validation: Validation examples looked at.
-        patience: Looks without a better loss after which training stops; 0: never.
-        save_every: Steps between checkpoints.
-        one_alpha_optimizer: As the published code: alpha moves with `lr`, its own never acts.
-        late_first_step: As the published code: the first optimiser step takes in one batch more
-            (with batch 1 and accumulation, one example more).
-        reset_statistics: As the published code: a resumed run gathers its running statistics anew.
-        accumulate: Batches whose gradients are averaged into one step.
-        chunk: Edits whose graph through the editor is held at a time. In a larger batch the
-            editor runs again, chunk by chunk, against the gradient of its factors, so that
-            memory for it does not grow with the batch.
-        checkpointing: Run the blocks under the losses again in the backward pass rather than keep
-            what they held: less memory, more time.
-        cache_gb: Memory for what is constant in training: hidden states where the edited blocks
-            begin, last ones, factors of the edits. 0: they are computed each time, and a resumed
-            run then equals an unbroken one to the bit, not only to rounding.
-        health_after: Step at which training stops if the edit loss has not fallen; 0: never.
-    """
-
-    steps: int = 1000
-    batch: int = 10
-    at_once: int = 1
-    lr: float = 1e-6
-    edit_lr_lr: float = 1e-4
-    gate_lr: float = 1e-2
-    c_edit: float = 0.1
-    c_locality: float = 1.0
-    whole_targets: bool = False
-    c_base: float = 1.0
-    clip: float = 100.0
-    equivalents: int = 1
-    neighbors: int = 1
-    crossed: int = 0
-    texts: int = 1
-    text_tokens: int = 20
-    warmup: int = 0
-    decay: float = 0.0
-    seed: int = 0
-    validate_every: int = 200
-    validation: int = 64
-    patience: int = 5
-    save_every: int = 100
-    one_alpha_optimizer: bool = False
-    late_first_step: bool = False
-    reset_statistics: bool = False
-    accumulate: int = 1
-    chunk: int = 32
-    checkpointing: bool = False
-    cache_gb: float = 2.0
-    health_after: int = 300
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch", "at_once", "accumulate", "chunk", "equivalents", "text_tokens")
-        for name in (*counts, "save_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise EditorError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.at_once & (self.at_once - 1) or self.batch % self.at_once:
-            raise EditorError(
-                f"at_once must be a power of 2 that divides the batch of {self.batch}; got "
-                f"{self.at_once}."
-            )
-        if not 0 <= self.decay <= 1:
-            raise EditorError(f"decay is a share of the steps, 0 to 1; got {self.decay}.")
-
-    def together(self, step: int) -> int:
-        """How many edits of a step's batch are live together."""
-        chooser = random.Random(f"{self.seed}:together:{step}")
-        return 1 << chooser.randrange(self.at_once.bit_length())
-
-    def lr_factor(self, step: int) -> float:
-        """What the learning rates are multiplied by at a step (0-based)."""
-        rise = (step + 1) / self.warmup if step < self.warmup else 1.0
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return min(rise, left, 1.0) if self.decay else min(rise, 1.0)
 
 
 @dataclass(frozen=True)
@@ -202,22 +97,32 @@ class MetaStep:
         """
         editor, config = self.editor, self.config
         whole = len(edits) <= config.chunk
+        texts = [edit.edit for edit in edits]
         with torch.set_grad_enabled(backward and whole):
-            captured, before = self._capture([edit.edit for edit in edits])
-            made = editor.edit_batch(captured, gather=editor.training).folded()
-            made = made.map(lambda terms: terms.unflatten(0, (-1, at_once)).flatten(1, 2))
-        leaves = made.map(lambda tensor: tensor.detach().requires_grad_(backward))
-        if not whole:
-            del made
+            captured, before = self._capture(texts)
+            rounds = [
+                (captured, _together(editor.edit_batch(captured, gather=editor.training), at_once))
+            ]
+            while len(rounds) < editor.rounds:
+                again = self._capture_again(texts, Update.sum(made for _, made in rounds), at_once)
+                if again is None:
+                    break
+                update = editor.edit_batch(again) * editor.later_strength
+                rounds.append((again, _together(update, at_once)))
+        leaves = Update.sum(made for _, made in rounds).map(
+            lambda tensor: tensor.detach().requires_grad_(backward)
+        )
         with torch.set_grad_enabled(backward):
             edit_loss, success = self._equivalents(edits, leaves, at_once)
             locality, base = self._locality(edits, leaves, at_once)
         if backward:
-            slopes = [leaf.grad for leaf in leaves.tensors()]
-            if whole:
-                _backward(made, slopes)
-            else:
-                self._chunked_backward(captured, slopes, at_once)
+            slopes = _by_round(leaves, [made for _, made in rounds])
+            for (captured, made), some in zip(rounds, slopes, strict=True):
+                if whole:
+                    _backward(made, some)
+                else:
+                    strength = 1.0 if made is rounds[0][1] else editor.later_strength
+                    self._chunked_backward(captured, some, at_once, strength)
         total = config.c_edit * edit_loss + config.c_locality * locality + config.c_base * base
         return StepLosses(edit_loss, before, locality, total, success, base)
 
@@ -227,11 +132,35 @@ class MetaStep:
             rows = self._captured(texts)
         else:
             rows = self.cache.factors(texts, self._captured)
-        nlls, said, *sides = zip(*rows, strict=True)
+        before = self._edit_loss(torch.stack([nll for nll, *_ in rows]), texts).mean().item()
+        return self._padded(texts, rows), before
+
+    def _capture_again(
+        self, texts: Sequence[Tokens], made: Update, at_once: int
+    ) -> CapturedEdits | None:
+        """The same under the edits made so far, of the texts whose targets are not given yet; the
+        others have no rows. None where all are given."""
+        made, owners = made.detach(), torch.arange(len(texts)) // at_once
+        missed: list[int] = []
+        with torch.no_grad():
+            for places in passes(self.lm, texts):
+                batch, hidden = self._batch([texts[place] for place in places])
+                given = exact(self._edited(batch, hidden, made, owners[places]), batch).tolist()
+                missed += [place for place, there in zip(places, given, strict=True) if not there]
+        if not missed:
+            return None
+        rows = self._captured([texts[place] for place in missed], made, owners[missed])
+        found = dict(zip(missed, rows, strict=True))
+        nothing = tuple(part[:0] for part in rows[0][1:])
+        return self._padded(
+            texts, [found.get(place, (rows[0][0], *nothing)) for place in range(len(texts))]
+        )
+
+    def _padded(self, texts: Sequence[Tokens], rows: Sequence[tuple[Tensor, ...]]) -> CapturedEdits:
+        _, said, *sides = zip(*rows, strict=True)
         padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
         factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
-        before = self._edit_loss(torch.stack(nlls), texts).mean().item()
-        return CapturedEdits(tuple(texts), said, factors), before
+        return CapturedEdits(tuple(texts), said, factors)
 
     def _edit_loss(self, nll: Tensor, texts: Sequence[Tokens]) -> Tensor:
         """Each text's loss as it is weighed, from its mean by token, `(batch,)`."""
@@ -239,15 +168,19 @@ class MetaStep:
             return nll
         return nll * torch.tensor([len(text.targets) for text in texts], device=nll.device)
 
-    def _captured(self, texts: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
+    def _captured(
+        self, texts: Sequence[Tokens], made: Update | None = None, owners: Tensor | None = None
+    ) -> list[tuple[Tensor, ...]]:
         """Each text's loss, the model's own answer, and u and delta of every layer, without the
-        rows after the last live one."""
+        rows after the last live one; under the edits that own it, if any."""
         editor, found = self.editor, dict[int, tuple[Tensor, ...]]()
         graph = editor.second_order and torch.is_grad_enabled()
         again = _again if editor.trains_base else None
         for places in passes(self.lm, texts):
             batch, hidden = self._batch([texts[place] for place in places])
-            with again() if again else nullcontext(), capture(editor.layers, graph) as tap:
+            mine = None if made is None or owners is None else self._of(made, owners[places])
+            edited = overlay(self.lm.model, mine)
+            with again() if again else nullcontext(), edited, capture(editor.layers, graph) as tap:
                 logits = self.trunk.logits(batch, hidden, again)
                 nll = sequence_nll(logits, batch)
                 factors = tap.factors(nll.sum(), batch.size)
@@ -314,15 +247,18 @@ class MetaStep:
         self, batch: Batch, hidden: Tensor | None, leaves: Update, owners: Tensor
     ) -> Tensor:
         """Logits at the targets, each text under the edits that own it."""
-        owners = owners.to(self.lm.device)
-        single = all(len(tensor) == 1 for tensor in leaves.tensors())
-        mine = leaves.map(lambda t: t[0] if single else t[owners.to(t.device)])
-        again = partial(overlay, self.lm.model, mine)
+        again = partial(overlay, self.lm.model, self._of(leaves, owners))
         with again():
             return self.trunk.logits(batch, hidden, again)
 
+    def _of(self, made: Update, owners: Tensor) -> Update:
+        """Each text's own edits."""
+        owners = owners.to(self.lm.device)
+        single = all(len(tensor) == 1 for tensor in made.tensors())
+        return made.map(lambda t: t[0] if single else t[owners.to(t.device)])
+
     def _chunked_backward(
-        self, edits: CapturedEdits, slopes: Sequence[Tensor | None], at_once: int
+        self, edits: CapturedEdits, slopes: Sequence[Tensor | None], at_once: int, strength: float
     ) -> None:
         """Run the editor once more, some edits at a time, against the gradient of its update."""
         apart = [s if s is None else s.unflatten(1, (at_once, -1)).flatten(0, 1) for s in slopes]
@@ -332,7 +268,7 @@ class MetaStep:
                 some = edits[part]
                 if self.editor.second_order:
                     some, _ = self._capture(some.tokens)
-                made = self.editor.edit_batch(some).folded()
+                made = (self.editor.edit_batch(some) * strength).folded()
             _backward(made, [slope if slope is None else slope[part] for slope in apart])
 
 
@@ -341,6 +277,20 @@ def _again() -> Iterator[None]:
     """Attention that can be differentiated twice; layers that run again are not captured again."""
     with sdpa_kernel(SDPBackend.MATH), capture(()):
         yield
+
+
+def _together(made: Update, at_once: int) -> Update:
+    """The terms of edits that are live together, side by side."""
+    return made.folded().map(lambda terms: terms.unflatten(0, (-1, at_once)).flatten(1, 2))
+
+
+def _by_round(leaves: Update, rounds: Sequence[Update]) -> list[list[Tensor | None]]:
+    """The gradient of a sum of updates, as those of the updates."""
+    slopes = []
+    for leaf, *parts in zip(leaves.tensors(), *(made.tensors() for made in rounds), strict=True):
+        sizes = [part.shape[1] for part in parts]
+        slopes.append([None] * len(sizes) if leaf.grad is None else leaf.grad.split(sizes, 1))
+    return [list(some) for some in zip(*slopes, strict=True)]
 
 
 def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:

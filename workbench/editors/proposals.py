@@ -1,0 +1,175 @@
+"""What editors are asked and what they answer: requests, captured gradients, proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from workbench.encoding import Tokens, collate, sequence_nll, tokenize
+from workbench.errors import EditError
+from workbench.factors import Factors, capture
+from workbench.layers import EditableLayer
+from workbench.metrics import exact
+from workbench.models import LanguageModel
+from workbench.updates import LayerUpdate, Update
+from workbench.views import target_logits
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What the model should say: after `prompt`, `target`.
+
+    Args:
+        prompt: What it reads.
+        target: What it should say next.
+        subject: What the prompt is about, a part of it; for ROME, which guesses it where it is
+            None. Other editors do not look at it.
+    """
+
+    prompt: str
+    target: str
+    subject: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """An editor's answer: the update, and the factors it was made from.
+
+    Args:
+        update: The change of weights; nothing has been applied.
+        layers: The layers it changes, lowest first.
+        tokens: The requests as tokens, in the order of the factors' batch axis.
+        factors: Layer name -> the gradient's factors, `(batch, tokens, width)`.
+        pseudofactors: Layer name -> pseudoactivations and pseudodeltas of the same shapes; None
+            for editors that do not transform factors.
+        edit_lrs: Layer name -> the layer's step size; empty where an editor has none.
+        gates: Layer name -> the share of its own match beyond which a term acts; likewise.
+    """
+
+    update: Update
+    layers: tuple[EditableLayer, ...]
+    tokens: tuple[Tokens, ...]
+    factors: Mapping[str, Factors]
+    pseudofactors: Mapping[str, Factors] | None = None
+    edit_lrs: Mapping[str, float] = field(default_factory=dict)
+    gates: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedEdits:
+    """A batch of edits as the model sees them, before any of them is made.
+
+    Args:
+        tokens: Each edit's text.
+        predictions: What the model says in place of each edit's targets, `(targets,)` each.
+        factors: Layer name -> factors of each edit's own mean loss, `(batch, tokens, width)`.
+    """
+
+    tokens: tuple[Tokens, ...]
+    predictions: tuple[Tensor, ...]
+    factors: Mapping[str, Factors]
+
+    def __getitem__(self, part: slice) -> CapturedEdits:
+        """Some of the edits."""
+        factors = {n: Factors(f.activation[part], f.delta[part]) for n, f in self.factors.items()}
+        return CapturedEdits(self.tokens[part], self.predictions[part], factors)
+
+
+def capture_edits(
+    lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
+) -> CapturedEdits:
+    """Tokenise requests and capture the factors of each one's own mean loss.
+
+    One forward pass and one backward pass down to the first edited layer.
+
+    Args:
+        lm: The frozen model.
+        layers: Where to capture.
+        requests: At least one.
+
+    Raises:
+        EditError: There is no request, or the loss is not finite.
+    """
+    if not requests:
+        raise EditError("There is nothing to edit: give at least one request (prompt, target).")
+    tokens = tuple(tokenize(lm, request.prompt, request.target) for request in requests)
+    batch = collate(lm, tokens)
+    with capture(layers) as tap:
+        logits = target_logits(lm, batch)
+        loss = sequence_nll(logits, batch).sum()
+        if not torch.isfinite(loss):
+            raise EditError(
+                f"The model's loss on this edit is {loss.item()}; its weights or activations are "
+                f"not finite, so there is no gradient to edit with."
+            )
+        factors = tap.factors(loss, batch.size)
+    said = logits.detach().argmax(-1).split([len(text.targets) for text in tokens])
+    return CapturedEdits(tokens, said, factors)
+
+
+def gradient_factors(
+    lm: LanguageModel, layers: Sequence[EditableLayer], requests: Sequence[EditRequest]
+) -> tuple[tuple[Tokens, ...], dict[str, Factors]]:
+    """The tokens and the factors that `capture_edits` finds."""
+    edits = capture_edits(lm, layers, requests)
+    return edits.tokens, dict(edits.factors)
+
+
+def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
+    """One update that carries out a whole batch of edits: all their terms (section 3.1).
+
+    Args:
+        batched: One change a sequence, `(batch, rank, width)`.
+        kept: Layer name -> the terms to keep, `(batch, rank)` bool; those of padding go.
+    """
+    made = {}
+    for name, layer in batched.items():
+        live = kept[name].to(layer.A.device)
+        threshold = None if layer.threshold is None else layer.threshold[live]
+        made[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale), threshold)
+    return Update(made)
+
+
+@torch.no_grad()
+def missed(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Those requests of whose target some token is not the most likely one."""
+    batch = collate(lm, [tokenize(lm, r.prompt, r.target) for r in requests])
+    given = exact(target_logits(lm, batch), batch).tolist()
+    return [request for request, there in zip(requests, given, strict=True) if not there]
+
+
+def joined(proposals: Sequence[Proposal], update: Update) -> Proposal:
+    """One proposal of several that were made one by one, their texts in a row.
+
+    Args:
+        proposals: At least one, of one editor.
+        update: What carries them all out.
+    """
+    first = proposals[0]
+    pseudo = [p.pseudofactors for p in proposals if p.pseudofactors is not None]
+    return replace(
+        first,
+        update=update,
+        tokens=tuple(text for proposal in proposals for text in proposal.tokens),
+        factors=_padded([proposal.factors for proposal in proposals]),
+        pseudofactors=_padded(pseudo) if pseudo else None,
+    )
+
+
+def _padded(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """Factors of several batches as those of one, zero rows filling up."""
+
+    def batch(sides: Iterable[Tensor]) -> Tensor:
+        return pad_sequence([rows for side in sides for rows in side], batch_first=True)
+
+    return {
+        name: Factors(
+            batch(part[name].activation for part in parts),
+            batch(part[name].delta for part in parts),
+        )
+        for name in parts[0]
+    }
