@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from workbench.editors.base import load_editor, save_editor
 from workbench.editors.mend import EditorNetwork, Mend, MendConfig
-from workbench.editors.proposals import EditRequest, gradient_factors, missed
+from workbench.editors.proposals import EditRequest, gradient_factors
 from workbench.encoding import collate, tokenize
 from workbench.errors import EditError, EditorError
 from workbench.factors import Factors, capture
@@ -332,13 +332,19 @@ def test_what_has_been_learned_fits_no_other_settings(setting: dict[str, Any]):
         editor.changed(**setting)
 
 
+def still_missed(lm: LanguageModel, asked: list[EditRequest]) -> list[EditRequest]:
+    batches = [collate(lm, [tokenize(lm, r.prompt, r.target)]) for r in asked]
+    given = [(target_logits(lm, b).argmax(-1) == b.targets).all() for b in batches]
+    return [request for request, there in zip(asked, given, strict=True) if not there]
+
+
 @kinds
 def test_later_rounds_edit_what_the_edited_model_still_misses(family: str):
     once, twice = (stirred(editor_for(family, rounds=rounds)) for rounds in (1, 2))
     lm, asked = once.lm, requests(once.lm)
     first = once.propose(asked)
     with overlay(lm.model, first.update):
-        left = missed(lm, asked)
+        left = still_missed(lm, asked)
         again = once.propose(left) if left else None
     made = twice.propose(asked)
     wanted = first.update + again.update * 0.3 if again else first.update
@@ -356,8 +362,6 @@ def test_what_is_given_already_takes_no_further_round():
     lm, prompt = editor.lm, "The capital of France is "
     batch = collate(lm, [tokenize(lm, prompt, "Lyon")])
     own = str(lm.tokenizer.decode(target_logits(lm, batch).argmax(-1)[:1]))
-    assert missed(lm, [EditRequest(prompt, "Lyon")]) == [EditRequest(prompt, "Lyon")]
-    assert not missed(lm, [EditRequest(prompt, own)])
     still = editor_for("llama", rounds=3, edit_lr=0.0)
     assert still.propose([EditRequest(prompt, own)]).tokens == (tokenize(lm, prompt, own),)
     assert len(still.propose([EditRequest(prompt, "Lyon")]).tokens) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -16,16 +17,21 @@ from workbench.editors.proposals import (
     EditRequest,
     Proposal,
     capture_edits,
+    capture_texts,
     joined,
     missed,
+    resumed,
     side_by_side,
+    texts_of,
 )
+from workbench.editors.statistics import RunningStatistics
 from workbench.errors import EditorError
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import LayerUpdate, Update
+from workbench.views import Trunk
 
 Inputs = Literal["both", "activation", "delta", "smaller"]
 
@@ -113,39 +119,6 @@ class _ResidualBlock(nn.Module):
         return x + inner if self.identity else inner
 
 
-class _RunningStatistics(nn.Module):
-    """Mean and standard deviation of each dimension over all rows seen (parallel variance)."""
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
-
-    @torch.no_grad()
-    def merge(self, rows: Tensor) -> None:
-        """Take `(n, width)` rows in: Chan et al. 1979, one merge a batch."""
-        if len(rows) == 0:
-            return
-        rows = rows.double()
-        n, total = len(rows), self.count + len(rows)
-        mean = rows.mean(0)
-        shift = mean - self.mean
-        self.squares += (rows - mean).square().sum(0) + shift.square() * self.count * n / total
-        self.mean += shift * n / total
-        self.count.copy_(total)
-
-    def std(self) -> Tensor:
-        return (self.squares / (self.count - 1)).sqrt()
-
-    def normalize(self, x: Tensor) -> Tensor:
-        return (x - self.mean.to(x.dtype)) / (self.std().to(x.dtype) + 1e-7)
-
-
 class EditorNetwork(nn.Module):
     """g of one shape: normalises and transforms `(u, delta)` rows of its layers.
 
@@ -165,8 +138,8 @@ class EditorNetwork(nn.Module):
         seen = {"both": sum(self.widths), "activation": in_features, "delta": out_features}
         width = seen[self.inputs]
         self.blocks = nn.Sequential(*(_ResidualBlock(width, modes, config) for _ in range(2)))
-        self.activation_stats = _RunningStatistics(in_features)
-        self.delta_stats = _RunningStatistics(out_features)
+        self.activation_stats = RunningStatistics(in_features)
+        self.delta_stats = RunningStatistics(out_features)
 
     @property
     def rows_seen(self) -> int:
@@ -339,20 +312,27 @@ class Mend(TrainableEditor):
 
         With several rounds, the terms of all of them.
         """
-        proposals = [self._round(requests)]
+        if self.rounds == 1:
+            return self._proposal(capture_edits(self.lm, self.layers, requests))
+        lm, layers, texts = self.lm, self.layers, texts_of(self.lm, requests)
+        run = resumed(lm, self._trunk)
+        proposals = [self._proposal(capture_texts(lm, layers, texts, run))]
         while len(proposals) < self.rounds:
-            update = Update.sum(proposal.update for proposal in proposals)
-            with overlay(self.lm.model, update):
-                left = missed(self.lm, requests)
+            with overlay(lm.model, Update.sum(proposal.update for proposal in proposals)):
+                left = missed(lm, texts, run)
                 if not left:
                     break
-                proposals.append(self._round(left, self.later_strength))
+                captured = capture_texts(lm, layers, left, run)
+            proposals.append(self._proposal(captured, self.later_strength))
         if len(proposals) == 1:
             return proposals[0]
         return joined(proposals, Update.sum(proposal.update for proposal in proposals))
 
-    def _round(self, requests: Sequence[EditRequest], strength: float = 1.0) -> Proposal:
-        edits = capture_edits(self.lm, self.layers, requests)
+    @cached_property
+    def _trunk(self) -> Trunk:
+        return Trunk(self.lm, self.layers)
+
+    def _proposal(self, edits: CapturedEdits, strength: float = 1.0) -> Proposal:
         factors = self._factors(edits)
         pseudofactors = self.transform(factors)
         if strength != 1:

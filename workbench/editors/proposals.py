@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from workbench.encoding import Tokens, collate, sequence_nll, tokenize
+from workbench.encoding import Batch, Tokens, collate, sequence_nll, tokenize
 from workbench.errors import EditError
 from workbench.factors import Factors, capture
 from workbench.layers import EditableLayer
 from workbench.metrics import exact
 from workbench.models import LanguageModel
 from workbench.updates import LayerUpdate, Update
-from workbench.views import target_logits
+from workbench.views import Trunk, TrunkCache, target_logits
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,48 @@ def capture_edits(
     Raises:
         EditError: There is no request, or the loss is not finite.
     """
+    return capture_texts(lm, layers, texts_of(lm, requests), lambda _, b: target_logits(lm, b))
+
+
+# Logits at the targets of texts, which are also given as a batch.
+Run = Callable[[Sequence[Tokens], Batch], Tensor]
+
+
+def resumed(lm: LanguageModel, trunk: Trunk) -> Run:
+    """A run of the model for texts that are read again and again while only edits change: what
+    lies below the edited layers is kept from the first time."""
+    cache = TrunkCache(lm, trunk, gigabytes=1.0)
+    return lambda texts, batch: trunk.logits(batch, cache.hidden(texts))
+
+
+def texts_of(lm: LanguageModel, requests: Sequence[EditRequest]) -> tuple[Tokens, ...]:
+    """Requests as tokens.
+
+    Raises:
+        EditError: There is none.
+    """
     if not requests:
         raise EditError("There is nothing to edit: give at least one request (prompt, target).")
-    tokens = tuple(tokenize(lm, request.prompt, request.target) for request in requests)
+    return tuple(tokenize(lm, request.prompt, request.target) for request in requests)
+
+
+def capture_texts(
+    lm: LanguageModel, layers: Sequence[EditableLayer], tokens: Sequence[Tokens], run: Run
+) -> CapturedEdits:
+    """`capture_edits` of what has been tokenised.
+
+    Args:
+        lm: The frozen model.
+        layers: Where to capture.
+        tokens: At least one text.
+        run: The model's forward pass.
+
+    Raises:
+        EditError: The loss is not finite.
+    """
     batch = collate(lm, tokens)
     with capture(layers) as tap:
-        logits = target_logits(lm, batch)
+        logits = run(tokens, batch)
         loss = sequence_nll(logits, batch).sum()
         if not torch.isfinite(loss):
             raise EditError(
@@ -108,7 +144,7 @@ def capture_edits(
             )
         factors = tap.factors(loss, batch.size)
     said = logits.detach().argmax(-1).split([len(text.targets) for text in tokens])
-    return CapturedEdits(tokens, said, factors)
+    return CapturedEdits(tuple(tokens), said, factors)
 
 
 def gradient_factors(
@@ -135,11 +171,11 @@ def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
 
 
 @torch.no_grad()
-def missed(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Those requests of whose target some token is not the most likely one."""
-    batch = collate(lm, [tokenize(lm, r.prompt, r.target) for r in requests])
-    given = exact(target_logits(lm, batch), batch).tolist()
-    return [request for request, there in zip(requests, given, strict=True) if not there]
+def missed(lm: LanguageModel, texts: Sequence[Tokens], run: Run) -> list[Tokens]:
+    """Those texts of whose targets some token is not the most likely one."""
+    batch = collate(lm, texts)
+    given = exact(run(texts, batch), batch).tolist()
+    return [text for text, there in zip(texts, given, strict=True) if not there]
 
 
 def joined(proposals: Sequence[Proposal], update: Update) -> Proposal:
