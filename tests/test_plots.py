@@ -212,6 +212,21 @@ def test_lines_part_the_requests_in_every_panel():
     assert "shapes" not in sent(plots.factor_panels(mend_trace(REQUESTS[:1])))[1]
 
 
+@pytest.mark.parametrize(
+    ("requests", "predicts", "said"),
+    [
+        (1, ("", " c", "", " c"), "next round"),
+        (2, ("", " c", "", " c"), "next request"),
+        (2, ("", " c", "", " c", "", " c"), "next request or round"),
+    ],
+)
+def test_lines_part_the_rounds_of_an_edit(requests: int, predicts: tuple[str, ...], said: str):
+    trace = replace(with_tokens(("a",) * len(predicts), predicts), requests=REQUESTS[:requests])
+    _, layout = sent(plots.factor_heatmap(trace, "delta"))
+    assert [line["x0"] for line in layout["shapes"]] == [1.5, 3.5][: len(predicts) // 2 - 1]
+    assert layout["xaxis"]["title"]["text"].endswith(f"white line: {said}")
+
+
 def test_layers_of_one_name_keep_their_own_rows():
     layer = with_tokens(("a",)).layers[0]
     names = ("encoder.1.attn.proj", "encoder.1.mlp.proj", "decoder.1.mlp.proj", "decoder.2.x.proj")

@@ -280,7 +280,10 @@ def _heatmaps(trace: EditTrace, factors: Sequence[Factor], columns: int) -> go.F
     figure.update_layout({f"xaxis{n + 1}": axis | upright for n in range(columns)})
     figure.update_layout({f"yaxis{n + 1}": axis for n in range(rows)})
     title = "token" + " (bold: predicts the target)" * any(trace.predicts)
-    title += "<br>white line: next request" * bool(ends)
+    if ends:
+        alone, told = len(trace.requests) == 1, len(ends) == len(trace.requests) - 1
+        after = "round" if alone else "request" if told else "request or round"
+        title += f"<br>white line: next {after}"
     title += "<br>blank: no gradient" * any(None in row for heat in heats for row in heat["z"])
     return figure.update_layout(xaxis_title=title, height=rows * (panel + _BAR) + _FOOT)
 
@@ -325,10 +328,11 @@ def _cell_hovers(trace: EditTrace, layer: LayerTrace, factor: Factor) -> list[st
 
 
 def _request_ends(trace: EditTrace) -> list[float]:
-    """Borders between the requests' tokens; none where the trace does not tell all of them."""
+    """Borders between the tokens of requests and of rounds; none where the trace does not tell
+    all requests apart."""
     pairs = zip(trace.predicts, trace.predicts[1:], strict=False)
     ends = [place + 0.5 for place, (a, b) in enumerate(pairs) if a and not b]
-    return ends if len(ends) == len(trace.requests) - 1 else []
+    return ends if len(ends) >= len(trace.requests) - 1 else []
 
 
 def _dumbbells(figure: go.Figure, kind: str, rows: dict[int, PromptComparison]) -> None:
