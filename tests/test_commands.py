@@ -179,6 +179,22 @@ def test_figures_are_packed_however_the_folder_is_named(
     assert "holds no figures of" in capsys.readouterr().err
 
 
+def test_an_editor_is_packed_with_more_rounds(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS[2:]]
+    for name in ("mend", "ke"):
+        assert main([*command, "--editor", name, "--out", str(tmp_path / name)]) == 0
+    rounds = ["--model", tiny_model, "--rounds", "3", "--later-strength", "0.5"]
+    out = ["--out", str(tmp_path / "packed")]
+    assert main(["pack", "--editor", str(tmp_path / "mend"), *rounds, *out]) == 0
+    lm = open_model(tiny_model, device="cpu", progress=False)
+    packed = load_editor(tmp_path / "packed", lm)
+    assert (packed.rounds, packed.later_strength) == (3, 0.5)
+    assert main(["pack", "--editor", str(tmp_path / "ke"), *rounds, *out]) == 2
+    assert "--later-strength, --rounds: mend has such settings" in capsys.readouterr().err
+
+
 def test_cards_name_data_without_saying_where_it_lay() -> None:
     assert commands._file_name("zsre:/home/me/zsre.jsonl.gz") == "zsre:zsre.jsonl.gz"
     assert commands._file_name("facts") == "facts"

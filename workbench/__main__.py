@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--editor", required=True, metavar="DIR")
     pack.add_argument("--average", type=Path, metavar="DIR", help="mix in this editor's weights")
     pack.add_argument("--share", type=float, default=0.5, help="of --average, 0 to 1 (0.5)")
+    pack.add_argument("--rounds", type=int, help="most rounds of its edits, of MEND")
+    pack.add_argument("--later-strength", type=float, help="of rounds after the first")
     pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")
     _model(pack, editor=False)

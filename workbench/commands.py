@@ -219,13 +219,19 @@ def _weights(editor: Editor) -> str | None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a trained editor for sharing: in float16, averaged and with its figures if asked."""
+    """Write a trained editor for sharing: in float16; averaged, of more rounds and with its figures
+    if asked."""
     lm = _open(options)
     editor = load_editor(options.editor, lm)
     card = dict(editor.card)
     if options.average:
         _average(editor, load_editor(options.average, lm), options.share)
         card["averaged"] = f"{options.share:g} of the weights come from {options.average.name}"
+    given = {"rounds": options.rounds, "later_strength": options.later_strength}
+    if more := {name: value for name, value in given.items() if value is not None}:
+        if not isinstance(editor, Mend):
+            raise EditorError(f"{_flags(more)}: mend has such settings, {editor.name} has not.")
+        editor = editor.changed(**more)
     if options.evaluation:
         card["evaluation"] = _figures(options.evaluation, options.editor)
     print(f"editor in {save_editor(editor, options.out, card, half=True)}")
