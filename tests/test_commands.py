@@ -189,8 +189,8 @@ def test_an_editor_is_packed_with_more_rounds(
     out = ["--out", str(tmp_path / "packed")]
     assert main(["pack", "--editor", str(tmp_path / "mend"), *rounds, *out]) == 0
     lm = open_model(tiny_model, device="cpu", progress=False)
-    packed = load_editor(tmp_path / "packed", lm)
-    assert (packed.rounds, packed.later_strength) == (3, 0.5)
+    settings = load_editor(tmp_path / "packed", lm).settings()
+    assert (settings["rounds"], settings["later_strength"]) == (3, 0.5)
     assert main(["pack", "--editor", str(tmp_path / "ke"), *rounds, *out]) == 2
     assert "--later-strength, --rounds: mend has such settings" in capsys.readouterr().err
 

@@ -131,29 +131,19 @@ def test_step_over_whole_targets_equals_the_plain_one(family: str, own: bool):
     compare_with_the_plain_step(editor_for(family, sum_tokens=own), whole_targets=True)
 
 
-def _set_of(updates: Sequence[Update], index: int, at_once: int) -> Sequence[Update]:
-    """The updates that are live together with one of them."""
-    return updates[index - index % at_once :][:at_once]
-
-
 def undivided_step(
     editor: Mend, edits: Sequence[EditTexts], config: TrainingConfig, at_once: int
 ) -> Tensor:
     """The total loss in one undivided graph: each text alone, whole model, under its edits."""
-    lm, losses = editor.lm, []
-    updates = [Update({}) for _ in edits]
-    for strength in (1.0, *[editor.config.later_strength] * (editor.config.rounds - 1)):
-        live = [Update.sum(_set_of(updates, i, at_once)).detach() for i in range(len(edits))]
-        for index, edit in enumerate(edits):
-            targets = torch.tensor(edit.edit.targets)
-            with overlay(lm.model, live[index]), capture(editor.layers) as tap:
-                logits = plain_logits(lm, edit.edit, {})
-                factors = tap.factors(cross_entropy(logits, targets))
-            if not updates[index] or (logits.argmax(-1) != targets).any():
-                update = editor.update(editor.transform(factors), factors) * strength
-                updates[index] = Update.sum((updates[index], update)) if updates[index] else update
+    lm, updates, losses = editor.lm, [], []
+    for edit in edits:
+        with capture(editor.layers) as tap:
+            loss = cross_entropy(plain_logits(lm, edit.edit, {}), torch.tensor(edit.edit.targets))
+            factors = tap.factors(loss)
+        updates.append(editor.update(editor.transform(factors), factors))
     for index, edit in enumerate(edits):
-        with overlay(lm.model, Update.sum(_set_of(updates, index, at_once))):
+        first = index - index % at_once
+        with overlay(lm.model, Update.sum(updates[first : first + at_once])):
             nll = [
                 cross_entropy(plain_logits(lm, text, {}), torch.tensor(text.targets))
                 for text in edit.equivalents
@@ -166,11 +156,10 @@ def undivided_step(
     return config.c_edit * torch.stack(nll).mean() + config.c_locality * torch.stack(kept).mean()
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_step_with_a_gate_equals_the_undivided_one(family: str, at_once: int, rounds: int):
-    editor = editor_for(family, gate=0.3, edit_lr=0.1, rounds=rounds)
+def test_step_with_a_gate_equals_the_undivided_one(family: str, at_once: int):
+    editor = editor_for(family, gate=0.3, edit_lr=0.1)
     edits, config = edits_for(editor.lm), TrainingConfig(c_edit=0.3, c_locality=2.0)
     stirred(editor, edits)
     total = undivided_step(editor, edits, config, at_once)
@@ -180,15 +169,14 @@ def test_step_with_a_gate_equals_the_undivided_one(family: str, at_once: int, ro
     losses = MetaStep(editor, config).losses(edits, at_once=at_once)
     assert losses.total == pytest.approx(total.item(), rel=1e-5)
     for name, slope in gradients(editor).items():
-        atol = 1e-4 * rounds * slopes[name].abs().max().item()
+        atol = 1e-4 * slopes[name].abs().max().item()
         torch.testing.assert_close(slope, slopes[name], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("gate", [0.0, 0.3])
-def test_a_step_in_chunks_is_the_whole_one(gate: float, at_once: int, rounds: int):
-    editor = editor_for("llama", gate=gate, rounds=rounds)
+def test_a_step_in_chunks_is_the_whole_one(gate: float, at_once: int):
+    editor = editor_for("llama", gate=gate)
     edits = edits_for(editor.lm)
     stirred(editor, edits)
     found = []

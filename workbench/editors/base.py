@@ -87,9 +87,6 @@ class TrainableEditor(nn.Module, ABC):
         config_class: Dataclass of its settings.
         training_defaults: Settings of training that do for it where `TrainingConfig`'s do not.
         second_order: Training differentiates through the gradient that an edit is made from.
-        rounds: Most times that an edit is made, each but the first over the model edited so far,
-            where that does not give the target yet.
-        later_strength: How strongly rounds after the first act.
         edit_lrs: The layers' step sizes, learned.
         card: What it was trained on and how it did, as JSON values.
         folder: Where it was opened from; None if it was made in memory.
@@ -109,7 +106,6 @@ class TrainableEditor(nn.Module, ABC):
         super().__init__()
         self.lm, self.layers, self.config, self.original = lm, layers, config, original or lm
         self.second_order = False
-        self.rounds, self.later_strength = 1, 1.0
         self.edit_lrs = nn.Parameter(torch.full((len(layers),), config.edit_lr, device=lm.device))
         self.card: Mapping[str, Any] = {}
         self.folder: str | None = None

@@ -60,8 +60,8 @@ class MendConfig:
             over its tokens; False: of the mean by token (the published code), by which each token
             of a long target has less.
         rounds: An edit whose target the edited model does not give yet is edited once more, with
-            the gradient of the edited model, until it does or this many rounds are made (the
-            paper: 1).
+            the gradient of the edited model, as long as that lowers its loss and at most this
+            often in all (the paper: 1). Training is of the first round alone.
         later_strength: How strongly rounds after the first act.
     """
 
@@ -211,7 +211,6 @@ class Mend(TrainableEditor):
     def __init__(self, lm: LanguageModel, config: MendConfig | None = None) -> None:
         config = config or MendConfig()
         super().__init__(lm, lm.layers(config.blocks, config.matrices), config)
-        self.rounds, self.later_strength = config.rounds, config.later_strength
         self.groups: dict[str, list[EditableLayer]] = {}
         for layer in self.layers:
             shape = f"{layer.in_features}x{layer.out_features}"
@@ -312,21 +311,25 @@ class Mend(TrainableEditor):
 
         With several rounds, the terms of all of them.
         """
-        if self.rounds == 1:
-            return self._proposal(capture_edits(self.lm, self.layers, requests))
-        lm, layers, texts = self.lm, self.layers, texts_of(self.lm, requests)
-        run = resumed(lm, self._trunk)
+        lm, layers, rounds = self.lm, self.layers, self.config.rounds
+        if rounds == 1:
+            return self._proposal(capture_edits(lm, layers, requests))
+        texts, run = texts_of(lm, requests), resumed(lm, self._trunk)
         proposals = [self._proposal(capture_texts(lm, layers, texts, run))]
-        while len(proposals) < self.rounds:
-            with overlay(lm.model, Update.sum(proposal.update for proposal in proposals)):
-                left = missed(lm, texts, run)
-                if not left:
-                    break
+        update = proposals[0].update
+        with overlay(lm.model, update):
+            left, loss = missed(lm, texts, run)
+        while left and len(proposals) < rounds:
+            with overlay(lm.model, update):
                 captured = capture_texts(lm, layers, left, run)
-            proposals.append(self._proposal(captured, self.later_strength))
-        if len(proposals) == 1:
-            return proposals[0]
-        return joined(proposals, Update.sum(proposal.update for proposal in proposals))
+            proposal = self._proposal(captured, self.config.later_strength)
+            more = update + proposal.update
+            with overlay(lm.model, more):
+                left, after = missed(lm, texts, run)
+            if not after < loss:
+                break
+            proposals, update, loss = [*proposals, proposal], more, after
+        return joined(proposals, update) if len(proposals) > 1 else proposals[0]
 
     @cached_property
     def _trunk(self) -> Trunk:

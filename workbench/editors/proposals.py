@@ -171,11 +171,21 @@ def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
 
 
 @torch.no_grad()
-def missed(lm: LanguageModel, texts: Sequence[Tokens], run: Run) -> list[Tokens]:
-    """Those texts of whose targets some token is not the most likely one."""
+def missed(lm: LanguageModel, texts: Sequence[Tokens], run: Run) -> tuple[list[Tokens], float]:
+    """Those texts of whose targets some token is not the most likely one, and the mean loss of all.
+
+    Args:
+        lm: The model.
+        texts: At least one.
+        run: Its forward pass.
+
+    Returns:
+        The texts missed, and nats a token.
+    """
     batch = collate(lm, texts)
-    given = exact(run(texts, batch), batch).tolist()
-    return [text for text, there in zip(texts, given, strict=True) if not there]
+    logits = run(texts, batch)
+    given, loss = exact(logits, batch).tolist(), sequence_nll(logits, batch).mean().item()
+    return [text for text, there in zip(texts, given, strict=True) if not there], loss
 
 
 def joined(proposals: Sequence[Proposal], update: Update) -> Proposal:

@@ -24,7 +24,6 @@ from workbench.encoding import (
     sequence_nll,
 )
 from workbench.factors import Factors, capture
-from workbench.metrics import exact
 from workbench.overlay import overlay
 from workbench.training.config import TrainingConfig
 from workbench.updates import Update
@@ -97,32 +96,22 @@ class MetaStep:
         """
         editor, config = self.editor, self.config
         whole = len(edits) <= config.chunk
-        texts = [edit.edit for edit in edits]
         with torch.set_grad_enabled(backward and whole):
-            captured, before = self._capture(texts)
-            rounds = [
-                (captured, _together(editor.edit_batch(captured, gather=editor.training), at_once))
-            ]
-            while len(rounds) < editor.rounds:
-                again = self._capture_again(texts, Update.sum(made for _, made in rounds), at_once)
-                if again is None:
-                    break
-                update = editor.edit_batch(again) * editor.later_strength
-                rounds.append((again, _together(update, at_once)))
-        leaves = Update.sum(made for _, made in rounds).map(
-            lambda tensor: tensor.detach().requires_grad_(backward)
-        )
+            captured, before = self._capture([edit.edit for edit in edits])
+            made = editor.edit_batch(captured, gather=editor.training).folded()
+            made = made.map(lambda terms: terms.unflatten(0, (-1, at_once)).flatten(1, 2))
+        leaves = made.map(lambda tensor: tensor.detach().requires_grad_(backward))
+        if not whole:
+            del made
         with torch.set_grad_enabled(backward):
             edit_loss, success = self._equivalents(edits, leaves, at_once)
             locality, base = self._locality(edits, leaves, at_once)
         if backward:
-            slopes = _by_round(leaves, [made for _, made in rounds])
-            for (captured, made), some in zip(rounds, slopes, strict=True):
-                if whole:
-                    _backward(made, some)
-                else:
-                    strength = 1.0 if made is rounds[0][1] else editor.later_strength
-                    self._chunked_backward(captured, some, at_once, strength)
+            slopes = [leaf.grad for leaf in leaves.tensors()]
+            if whole:
+                _backward(made, slopes)
+            else:
+                self._chunked_backward(captured, slopes, at_once)
         total = config.c_edit * edit_loss + config.c_locality * locality + config.c_base * base
         return StepLosses(edit_loss, before, locality, total, success, base)
 
@@ -132,35 +121,11 @@ class MetaStep:
             rows = self._captured(texts)
         else:
             rows = self.cache.factors(texts, self._captured)
-        before = self._edit_loss(torch.stack([nll for nll, *_ in rows]), texts).mean().item()
-        return self._padded(texts, rows), before
-
-    def _capture_again(
-        self, texts: Sequence[Tokens], made: Update, at_once: int
-    ) -> CapturedEdits | None:
-        """The same under the edits made so far, of the texts whose targets are not given yet; the
-        others have no rows. None where all are given."""
-        made, owners = made.detach(), torch.arange(len(texts)) // at_once
-        missed: list[int] = []
-        with torch.no_grad():
-            for places in passes(self.lm, texts):
-                batch, hidden = self._batch([texts[place] for place in places])
-                given = exact(self._edited(batch, hidden, made, owners[places]), batch).tolist()
-                missed += [place for place, there in zip(places, given, strict=True) if not there]
-        if not missed:
-            return None
-        rows = self._captured([texts[place] for place in missed], made, owners[missed])
-        found = dict(zip(missed, rows, strict=True))
-        nothing = tuple(part[:0] for part in rows[0][1:])
-        return self._padded(
-            texts, [found.get(place, (rows[0][0], *nothing)) for place in range(len(texts))]
-        )
-
-    def _padded(self, texts: Sequence[Tokens], rows: Sequence[tuple[Tensor, ...]]) -> CapturedEdits:
-        _, said, *sides = zip(*rows, strict=True)
+        nlls, said, *sides = zip(*rows, strict=True)
         padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
         factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
-        return CapturedEdits(tuple(texts), said, factors)
+        before = self._edit_loss(torch.stack(nlls), texts).mean().item()
+        return CapturedEdits(tuple(texts), said, factors), before
 
     def _edit_loss(self, nll: Tensor, texts: Sequence[Tokens]) -> Tensor:
         """Each text's loss as it is weighed, from its mean by token, `(batch,)`."""
@@ -168,19 +133,15 @@ class MetaStep:
             return nll
         return nll * torch.tensor([len(text.targets) for text in texts], device=nll.device)
 
-    def _captured(
-        self, texts: Sequence[Tokens], made: Update | None = None, owners: Tensor | None = None
-    ) -> list[tuple[Tensor, ...]]:
+    def _captured(self, texts: Sequence[Tokens]) -> list[tuple[Tensor, ...]]:
         """Each text's loss, the model's own answer, and u and delta of every layer, without the
-        rows after the last live one; under the edits that own it, if any."""
+        rows after the last live one."""
         editor, found = self.editor, dict[int, tuple[Tensor, ...]]()
         graph = editor.second_order and torch.is_grad_enabled()
         again = _again if editor.trains_base else None
         for places in passes(self.lm, texts):
             batch, hidden = self._batch([texts[place] for place in places])
-            mine = None if made is None or owners is None else self._of(made, owners[places])
-            edited = overlay(self.lm.model, mine)
-            with again() if again else nullcontext(), edited, capture(editor.layers, graph) as tap:
+            with again() if again else nullcontext(), capture(editor.layers, graph) as tap:
                 logits = self.trunk.logits(batch, hidden, again)
                 nll = sequence_nll(logits, batch)
                 factors = tap.factors(nll.sum(), batch.size)
@@ -247,18 +208,15 @@ class MetaStep:
         self, batch: Batch, hidden: Tensor | None, leaves: Update, owners: Tensor
     ) -> Tensor:
         """Logits at the targets, each text under the edits that own it."""
-        again = partial(overlay, self.lm.model, self._of(leaves, owners))
+        owners = owners.to(self.lm.device)
+        single = all(len(tensor) == 1 for tensor in leaves.tensors())
+        mine = leaves.map(lambda t: t[0] if single else t[owners.to(t.device)])
+        again = partial(overlay, self.lm.model, mine)
         with again():
             return self.trunk.logits(batch, hidden, again)
 
-    def _of(self, made: Update, owners: Tensor) -> Update:
-        """Each text's own edits."""
-        owners = owners.to(self.lm.device)
-        single = all(len(tensor) == 1 for tensor in made.tensors())
-        return made.map(lambda t: t[0] if single else t[owners.to(t.device)])
-
     def _chunked_backward(
-        self, edits: CapturedEdits, slopes: Sequence[Tensor | None], at_once: int, strength: float
+        self, edits: CapturedEdits, slopes: Sequence[Tensor | None], at_once: int
     ) -> None:
         """Run the editor once more, some edits at a time, against the gradient of its update."""
         apart = [s if s is None else s.unflatten(1, (at_once, -1)).flatten(0, 1) for s in slopes]
@@ -268,7 +226,7 @@ class MetaStep:
                 some = edits[part]
                 if self.editor.second_order:
                     some, _ = self._capture(some.tokens)
-                made = (self.editor.edit_batch(some) * strength).folded()
+                made = self.editor.edit_batch(some).folded()
             _backward(made, [slope if slope is None else slope[part] for slope in apart])
 
 
@@ -277,20 +235,6 @@ def _again() -> Iterator[None]:
     """Attention that can be differentiated twice; layers that run again are not captured again."""
     with sdpa_kernel(SDPBackend.MATH), capture(()):
         yield
-
-
-def _together(made: Update, at_once: int) -> Update:
-    """The terms of edits that are live together, side by side."""
-    return made.folded().map(lambda terms: terms.unflatten(0, (-1, at_once)).flatten(1, 2))
-
-
-def _by_round(leaves: Update, rounds: Sequence[Update]) -> list[list[Tensor | None]]:
-    """The gradient of a sum of updates, as those of the updates."""
-    slopes = []
-    for leaf, *parts in zip(leaves.tensors(), *(made.tensors() for made in rounds), strict=True):
-        sizes = [part.shape[1] for part in parts]
-        slopes.append([None] * len(sizes) if leaf.grad is None else leaf.grad.split(sizes, 1))
-    return [list(some) for some in zip(*slopes, strict=True)]
 
 
 def _backward(made: Update, slopes: Sequence[Tensor | None]) -> None:
