@@ -332,14 +332,14 @@ def test_what_has_been_learned_fits_no_other_settings(setting: dict[str, Any]):
         editor.changed(**setting)
 
 
-def still_missed(lm: LanguageModel, asked: list[EditRequest]) -> list[EditRequest]:
-    batches = [collate(lm, [tokenize(lm, r.prompt, r.target)]) for r in asked]
-    given = [(target_logits(lm, b).argmax(-1) == b.targets).all() for b in batches]
-    return [request for request, there in zip(asked, given, strict=True) if not there]
+def probabilities(lm: LanguageModel, request: EditRequest) -> Tensor:
+    """Of each token of the target, `(tokens,)`."""
+    batch = collate(lm, [tokenize(lm, request.prompt, request.target)])
+    return target_logits(lm, batch).softmax(-1).gather(1, batch.targets[:, None])[:, 0]
 
 
 @kinds
-def test_later_rounds_edit_what_the_edited_model_still_misses(family: str):
+def test_later_rounds_edit_what_the_edited_model_is_not_sure_of(family: str):
     once, twice = (
         editor_for(family, rounds=rounds, normalize=False, edit_lr=0.05, later_strength=0.5)
         for rounds in (1, 2)
@@ -347,7 +347,7 @@ def test_later_rounds_edit_what_the_edited_model_still_misses(family: str):
     lm, asked = once.lm, requests(once.lm)
     first = once.propose(asked)
     with overlay(lm.model, first.update):
-        left = still_missed(lm, asked)
+        left = [request for request in asked if probabilities(lm, request).min() < 0.5]
         again = once.propose(left)
     made = twice.propose(asked)
     for name, layer in made.update.items():
@@ -359,15 +359,43 @@ def test_later_rounds_edit_what_the_edited_model_still_misses(family: str):
         same(made.update[name].dense(), -made.edit_lrs[name] * sides.gradient())
 
 
-def test_an_edit_ends_where_its_target_is_given_or_its_loss_no_longer_falls():
+def test_an_edit_ends_where_the_model_is_sure_enough():
     settings = {"rounds": 3, "normalize": False, "edit_lr": 1e-3}
-    editor, uphill = (editor_for("llama", ascent=up, **settings) for up in (False, True))
-    lm, prompt = editor.lm, "The capital of France is "
-    text = tokenize(lm, prompt, "Lyon")
-    own = str(lm.tokenizer.decode(target_logits(lm, collate(lm, [text])).argmax(-1)[:1]))
-    assert editor.propose([EditRequest(prompt, "Lyon")]).tokens == (text,) * 3
-    assert editor.propose([EditRequest(prompt, own)]).tokens == (tokenize(lm, prompt, own),)
-    assert uphill.propose([EditRequest(prompt, "Lyon")]).tokens == (text,)
+    request = EditRequest("The capital of France is", "Lyon")
+    with torch.no_grad():
+        least = probabilities(opened("llama"), request).min().item()
+    for confidence, rounds in ((0.9 * least, 1), (0.5, 3)):
+        editor = editor_for("llama", confidence=confidence, **settings)
+        assert editor.propose([request]).tokens == rounds * (
+            tokenize(editor.lm, request.prompt, request.target),
+        )
+
+
+def test_a_round_that_does_not_lower_the_loss_is_taken_back():
+    request, settings = EditRequest("The capital of France is", "Lyon"), {"normalize": False}
+    once, uphill = (editor_for("llama", ascent=True, rounds=n, **settings) for n in (1, 5))
+    ours, theirs = uphill.propose([request]), once.propose([request])
+    assert ours.tokens == theirs.tokens
+    for name, layer in ours.update.items():
+        same(layer.dense(), theirs.update[name].dense())
+
+
+def test_after_a_round_that_was_taken_back_the_next_acts_half_as_strongly():
+    request, settings = EditRequest("The capital of France is", "Lyon"), {"normalize": False}
+    once = editor_for("t5", edit_lr=3.0, **settings)
+    first = once.propose([request]).update
+    with overlay(once.lm.model, first):
+        second = once.propose([request]).update
+
+    def loss(strength: float) -> float:
+        with overlay(once.lm.model, first + second * strength):
+            return -probabilities(once.lm, request).log().mean().item()
+
+    start = next(s for s in (2.0**k for k in range(20)) if loss(s) >= loss(0) > loss(s / 2))
+    for rounds, made in ((2, first), (3, first + second * (start / 2))):
+        editor = editor_for("t5", edit_lr=3.0, rounds=rounds, later_strength=start, **settings)
+        for name, layer in editor.propose([request]).update.items():
+            same(layer.dense(), made[name].dense())
 
 
 def test_ascent_reverses_the_update():

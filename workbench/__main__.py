@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--share", type=float, default=0.5, help="of --average, 0 to 1 (0.5)")
     pack.add_argument("--rounds", type=int, help="most rounds of its edits, of MEND")
     pack.add_argument("--later-strength", type=float, help="of rounds after the first")
+    pack.add_argument("--confidence", type=float, help="at which an edit needs no more rounds")
     pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")
     _model(pack, editor=False)

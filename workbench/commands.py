@@ -227,7 +227,7 @@ def pack(options: argparse.Namespace) -> None:
     if options.average:
         _average(editor, load_editor(options.average, lm), options.share)
         card["averaged"] = f"{options.share:g} of the weights come from {options.average.name}"
-    given = {"rounds": options.rounds, "later_strength": options.later_strength}
+    given = {name: getattr(options, name) for name in ("rounds", "later_strength", "confidence")}
     if more := {name: value for name, value in given.items() if value is not None}:
         if not isinstance(editor, Mend):
             raise EditorError(f"{_flags(more)}: mend has such settings, {editor.name} has not.")

@@ -106,7 +106,9 @@ class TrainableEditor(nn.Module, ABC):
         super().__init__()
         self.lm, self.layers, self.config, self.original = lm, layers, config, original or lm
         self.second_order = False
-        self.edit_lrs = nn.Parameter(torch.full((len(layers),), config.edit_lr, device=lm.device))
+        self.edit_lrs = nn.Parameter(
+            torch.full((len(layers),), float(config.edit_lr), device=lm.device)
+        )
         self.card: Mapping[str, Any] = {}
         self.folder: str | None = None
 

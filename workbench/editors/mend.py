@@ -59,10 +59,12 @@ class MendConfig:
         sum_tokens: Edit with the gradient of the whole target's negative log-likelihood, summed
             over its tokens; False: of the mean by token (the published code), by which each token
             of a long target has less.
-        rounds: An edit whose target the edited model does not give yet is edited once more, with
-            the gradient of the edited model, as long as that lowers its loss and at most this
-            often in all (the paper: 1). Training is of the first round alone.
+        rounds: An edit is made again, with the gradient of the edited model, while it gives some
+            token of the target less than `confidence`, at most this often in all (the paper: 1).
+            A round that does not lower the loss is taken back, and the next acts half as
+            strongly. Training is of the first round alone.
         later_strength: How strongly rounds after the first act.
+        confidence: See `rounds`; from 0.5 on a token is the most likely one.
     """
 
     rank: int = 1920
@@ -78,7 +80,8 @@ class MendConfig:
     gate: float = 0.0
     sum_tokens: bool = False
     rounds: int = 1
-    later_strength: float = 0.3
+    later_strength: float = 0.15
+    confidence: float = 0.5
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -87,6 +90,8 @@ class MendConfig:
             raise EditorError(f"gate is a share, 0 (no gate) to below 1; got {self.gate}.")
         if self.rounds < 1:
             raise EditorError(f"rounds must be at least 1; got {self.rounds}.")
+        if not 0 < self.confidence < 1:
+            raise EditorError(f"confidence is a probability, 0 to 1; got {self.confidence}.")
         if self.inputs not in get_args(Inputs):
             raise EditorError(
                 f"inputs must be one of {', '.join(get_args(Inputs))}; got {self.inputs!r}."
@@ -311,24 +316,31 @@ class Mend(TrainableEditor):
 
         With several rounds, the terms of all of them.
         """
-        lm, layers, rounds = self.lm, self.layers, self.config.rounds
-        if rounds == 1:
+        lm, layers = self.lm, self.layers
+        strength, confidence = self.config.later_strength, self.config.confidence
+        if self.config.rounds == 1:
             return self._proposal(capture_edits(lm, layers, requests))
         texts, run = texts_of(lm, requests), resumed(lm, self._trunk)
         proposals = [self._proposal(capture_texts(lm, layers, texts, run))]
         update = proposals[0].update
         with overlay(lm.model, update):
-            left, loss = missed(lm, texts, run)
-        while left and len(proposals) < rounds:
-            with overlay(lm.model, update):
-                captured = capture_texts(lm, layers, left, run)
-            proposal = self._proposal(captured, self.config.later_strength)
+            left, loss = missed(lm, texts, run, confidence)
+        captured = None
+        for _ in range(1, self.config.rounds):
+            if not left:
+                break
+            if captured is None:
+                with overlay(lm.model, update):
+                    captured = capture_texts(lm, layers, left, run)
+            proposal = self._proposal(captured, strength)
             more = update + proposal.update
             with overlay(lm.model, more):
-                left, after = missed(lm, texts, run)
-            if not after < loss:
-                break
-            proposals, update, loss = [*proposals, proposal], more, after
+                still, after = missed(lm, texts, run, confidence)
+            if after < loss:
+                proposals, update, captured = [*proposals, proposal], more, None
+                left, loss = still, after
+            else:
+                strength /= 2
         return joined(proposals, update) if len(proposals) > 1 else proposals[0]
 
     @cached_property
@@ -353,20 +365,20 @@ class Mend(TrainableEditor):
         """A copy that goes on from here with other settings; what it has learned stays.
 
         Args:
-            settings: Of those that leave the networks' shapes alone: `rounds` and
-                `later_strength`; `gate`, where there is none yet; `sum_tokens`, which makes it
+            settings: Of those that leave the networks' shapes alone: `rounds`, `later_strength`
+                and `confidence`; `gate`, where there is none yet; `sum_tokens`, which makes it
                 gather its running statistics anew.
 
         Raises:
             EditorError: Another setting is to change.
         """
         new = {k: v for k, v in settings.items() if getattr(self.config, k) != v}
-        free = {"gate", "sum_tokens", "rounds", "later_strength"}
+        free = {"gate", "sum_tokens", "rounds", "later_strength", "confidence"}
         if new.keys() - free or ("gate" in new and self.config.gate):
             raise EditorError(
                 f"An editor that was trained cannot go on with {new}: of its settings only "
-                f"sum_tokens, rounds and later_strength can change, and a gate be added. Leave "
-                f"the others out, or train a new editor."
+                f"sum_tokens, rounds, later_strength and confidence can change, and a gate be "
+                f"added. Leave the others out, or train a new editor."
             )
         twin = Mend(self.lm, replace(self.config, **new))
         twin.load_state_dict(self.state_dict(), strict=False)

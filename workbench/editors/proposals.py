@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from workbench.encoding import Batch, Tokens, collate, sequence_nll, tokenize
+from workbench.encoding import (
+    Batch,
+    Tokens,
+    collate,
+    per_sequence_mean,
+    per_sequence_sum,
+    sequence_nll,
+    tokenize,
+)
 from workbench.errors import EditError
 from workbench.factors import Factors, capture
 from workbench.layers import EditableLayer
-from workbench.metrics import exact
 from workbench.models import LanguageModel
 from workbench.updates import LayerUpdate, Update
 from workbench.views import Trunk, TrunkCache, target_logits
@@ -171,21 +180,25 @@ def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
 
 
 @torch.no_grad()
-def missed(lm: LanguageModel, texts: Sequence[Tokens], run: Run) -> tuple[list[Tokens], float]:
-    """Those texts of whose targets some token is not the most likely one, and the mean loss of all.
+def missed(
+    lm: LanguageModel, texts: Sequence[Tokens], run: Run, confidence: float
+) -> tuple[list[Tokens], float]:
+    """Those texts of whose targets some token is not likely enough, and the mean loss of all.
 
     Args:
         lm: The model.
         texts: At least one.
         run: Its forward pass.
+        confidence: Probability that is enough.
 
     Returns:
         The texts missed, and nats a token.
     """
     batch = collate(lm, texts)
-    logits = run(texts, batch)
-    given, loss = exact(logits, batch).tolist(), sequence_nll(logits, batch).mean().item()
-    return [text for text, there in zip(texts, given, strict=True) if not there], loss
+    losses = cross_entropy(run(texts, batch).float(), batch.targets, reduction="none")
+    missing = per_sequence_sum((losses > -math.log(confidence)).float(), batch)
+    left = [text for text, count in zip(texts, missing.tolist(), strict=True) if count]
+    return left, per_sequence_mean(losses, batch).mean().item()
 
 
 def joined(proposals: Sequence[Proposal], update: Update) -> Proposal:
