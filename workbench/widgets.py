@@ -286,7 +286,9 @@ class _Figure(_Panel):
         content = self.children[2]
         if isinstance(content, ipywidgets.HTML):
             return {"text/html": content.value}
-        return {"application/vnd.plotly.v1+json": json.loads(content.to_json())}
+        # As a plain figure shows here: a picture comes along where plotly's renderer makes one.
+        shown = go.Figure(content)._repr_mimebundle_()
+        return {"application/vnd.plotly.v1+json": json.loads(content.to_json())} | shown
 
     def _draw(self) -> None:
         edit = None if self.choice.value is None else self.workbench.get(self.choice.value)
