@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from workbench.cancel import checkpoint
 from workbench.editors.base import TrainableEditor, register
 from workbench.editors.proposals import (
     CapturedEdits,
@@ -315,6 +316,13 @@ class Mend(TrainableEditor):
         """One update for all requests: their rank-1 terms side by side (section 3.1).
 
         With several rounds, the terms of all of them.
+
+        Args:
+            requests: At least one.
+
+        Raises:
+            EditError: There is no request, one cannot be tokenised, or a loss is not finite.
+            Cancelled: See `cancellable`.
         """
         lm, layers = self.lm, self.layers
         strength, confidence = self.config.later_strength, self.config.confidence
@@ -329,6 +337,7 @@ class Mend(TrainableEditor):
         for _ in range(1, self.config.rounds):
             if not left:
                 break
+            checkpoint()
             if captured is None:
                 with overlay(lm.model, update):
                     captured = capture_texts(lm, layers, left, run)
