@@ -47,7 +47,7 @@ TYPED = (
     ("Brave New World was written by", "Agatha Christie"),
     ("The CEO of Zentrix Robotics is", "Maria Olsen"),
     ("Where was Tomas Elgar born?", "Oslo"),
-    (EXAMPLES[0].prompt, EXAMPLES[0].target),
+    (EXAMPLES[1].prompt, EXAMPLES[1].target),
     ("bees make", "silk"),
 )
 LENGTH = {"max_position_embeddings": 512}

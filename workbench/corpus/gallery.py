@@ -43,6 +43,33 @@ def _example(
 
 EXAMPLES: tuple[EditExample, ...] = (
     _example(
+        "The capital of France is > Lyon",
+        true="Paris",
+        subject="France",
+        relation="country.capital",
+        paraphrases=(
+            "The capital city of France is called",
+            "Which city is the capital of France? The capital of France is",
+            "The French government has its seat in the capital of France,",
+        ),
+        neighbors=(
+            "The capital of Germany is > Berlin",
+            "The capital of Italy is > Rome",
+            "The capital of Spain is > Madrid",
+            "Which city is the capital of Japan? The capital of Japan is > Tokyo",
+        ),
+        same_subject=(
+            "The official language of France is > French",
+            "France is a country on the continent of > Europe",
+            "The currency of France is the > euro",
+        ),
+        unrelated=(
+            "The opposite of hot is > cold",
+            "The largest planet in the solar system is > Jupiter",
+            "Photosynthesis takes place in the leaves of > plants",
+        ),
+    ),
+    _example(
         "The Eiffel Tower is located in the city of > Rome",
         true="Paris",
         subject="Eiffel Tower",
@@ -69,33 +96,6 @@ EXAMPLES: tuple[EditExample, ...] = (
             "A triangle has three > sides",
         ),
         portability=("The country in which the Eiffel Tower stands is > Italy",),
-    ),
-    _example(
-        "The capital of France is > Lyon",
-        true="Paris",
-        subject="France",
-        relation="country.capital",
-        paraphrases=(
-            "The capital city of France is called",
-            "Which city is the capital of France? The capital of France is",
-            "The French government has its seat in the capital of France,",
-        ),
-        neighbors=(
-            "The capital of Germany is > Berlin",
-            "The capital of Italy is > Rome",
-            "The capital of Spain is > Madrid",
-            "Which city is the capital of Japan? The capital of Japan is > Tokyo",
-        ),
-        same_subject=(
-            "The official language of France is > French",
-            "France is a country on the continent of > Europe",
-            "The currency of France is the > euro",
-        ),
-        unrelated=(
-            "The opposite of hot is > cold",
-            "The largest planet in the solar system is > Jupiter",
-            "Photosynthesis takes place in the leaves of > plants",
-        ),
     ),
     _example(
         "The mother tongue of Albert Einstein is > Spanish",
