@@ -151,8 +151,9 @@ def test_probe_looks_at_every_kind(wb: Workbench) -> None:
 def test_inspect_adds_up(wb: Workbench) -> None:
     edit = wb.edit(FRANCE, "Lyon")
     trace = wb.inspect(edit)
-    assert trace.tokens == ("The", " capital", " of", " France", " is")
-    assert trace.predicts == ("", "", "", "", " Lyon")
+    rounds = len(trace.tokens) // 5
+    assert trace.tokens == ("The", " capital", " of", " France", " is") * rounds
+    assert trace.predicts == ("", "", "", "", " Lyon") * rounds
     assert [layer.name for layer in trace.layers] == list(edit.update)
     for layer in trace.layers:
         dense = edit.update[layer.name].dense()
@@ -170,9 +171,10 @@ def test_batched_edits_reach_every_request(wb: Workbench) -> None:
     edit = wb.edit_many(requests)
     rows = [wb.compare(prompt, target=target).rows[0] for prompt, target in requests]
     assert all(row.edited_probability > row.base_probability for row in rows)  # type: ignore[operator]
-    assert len(wb.inspect(edit).tokens) == sum(
-        len(wb.lm.tokenizer(f"{p} {t}")["input_ids"]) - 1 for p, t in requests
-    )
+    tokenizer = wb.lm.tokenizer
+    read = [token for p, t in requests for token in tokenizer(f"{p} {t}")["input_ids"][:-1]]
+    # Those of the first round, then those of rounds over what it has missed.
+    assert wb.inspect(edit).tokens[: len(read)] == tuple(tokenizer.decode([t]) for t in read)
 
 
 def test_save_and_load_is_identity(wb: Workbench, tmp_path: Path) -> None:
