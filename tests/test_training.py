@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 
-from workbench.data import EditExample
+from workbench.data import EditExample, Statement
 from workbench.editors.mend import Mend
 from workbench.encoding import Tokens, kl, tokenize
 from workbench.errors import EditorError
@@ -118,6 +118,29 @@ def compare_with_the_plain_step(editor: Mend, **settings: Any) -> None:
         for name, slope in gradients(editor).items():
             atol = 1e-5 * slopes[name].abs().max().item()
             torch.testing.assert_close(slope, slopes[name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_hardest_are_those_that_the_edit_moves_most(at_once: int):
+    lm = opened("llama")
+    editor = stirred(editor_for("llama"), edits_for(lm))
+    near = tuple(tokenize(lm, f"The capital of {place} is", "Lyon") for place in ("Peru", "Chad"))
+    edits = [replace(e, locality=(*near, *e.locality), near=2) for e in edits_for(lm)[:2]]
+
+    def locality(*kept: tuple[int, ...], hardest: int = 0, near: int = 2) -> float:
+        some = [
+            replace(e, locality=tuple(e.locality[k] for k in k_of), near=near)
+            for e, k_of in zip(edits, kept, strict=True)
+        ]
+        config = TrainingConfig(hardest=hardest)
+        return MetaStep(editor, config).losses(some, backward=False, at_once=at_once).locality
+
+    whole = tuple(range(4)), tuple(range(4))
+    ways = [locality((a, 2, 3), (b, 2, 3), near=1) for a in (0, 1) for b in (0, 1)]
+    assert min(ways) < max(ways) == pytest.approx(locality(*whole, hardest=1), rel=1e-5)
+    assert locality(*whole, hardest=2) == pytest.approx(locality(*whole), rel=1e-5)
+    assert locality(*whole, hardest=9) == pytest.approx(locality(*whole), rel=1e-5)
+    assert locality((2, 3), (2, 3), hardest=1, near=0) == locality((2, 3), (2, 3), near=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -382,10 +405,30 @@ def test_crossed_prompts_share_wording_or_subject_and_never_both():
         assert len({"of A" in prompt for prompt in prompts}) == len(prompts)
 
 
+def crossed(known: Sequence[EditExample]) -> set[str]:
+    """All that the first of some examples is crossed to."""
+    crossing = Crossing(known)
+    drawn = [crossing.draw(known[0], 1, random.Random(seed)) for seed in range(99)]
+    return {prompt for prompts in drawn for prompt in prompts}
+
+
 def test_relations_without_a_name_are_told_by_their_wording():
     known = [replace(example, relation=None) for example in facts_about("AB", "pq")]
-    drawn = [Crossing(known).draw(known[0], 1, random.Random(seed)) for seed in range(60)]
-    assert {p for prompts in drawn for p in prompts} == {"The p of B is", "The q of A is"}
+    assert crossed(known) == {"The p of B is", "The q of A is"}
+
+
+def test_wordings_that_paraphrase_one_another_are_of_one_relation():
+    known = [replace(example, relation=None) for example in facts_about("AB", "pqr")]
+    assert crossed(known) == {"The p of B is", "The q of A is", "The r of A is"}
+    # "p" and "r" mean the same, as an example about somebody else says.
+    alike = replace(known[3], paraphrases=("The r of B is",))
+    assert crossed([*known[:3], alike, *known[4:]]) == {"The p of B is", "The q of A is"}
+
+
+def test_what_else_is_known_of_subjects_is_a_wording_too():
+    one, other = (replace(e, relation=None) for e in facts_about("AB", "p"))
+    known = [one, replace(other, same_subject=(Statement(prompt="The age of B is"),))]
+    assert crossed(known) == {"The p of B is", "The age of A is"}
 
 
 @pytest.mark.parametrize("subject", [None, "Rome"])

@@ -32,6 +32,8 @@ class TrainingConfig:
         neighbors: Neighbouring prompts for each edit whose answers must not move.
         crossed: Hard negatives for each edit made from other training edits, by turns: its wording
             with another's subject, and its subject in another relation's wording.
+        hardest: Of an edit's neighbours and crossed prompts, how many count: those that it moves
+            most, looked for in each step. 0: all that are drawn.
         texts: Unrelated texts for each edit that must not move.
         text_tokens: Tokens read of an unrelated text; every position counts.
         warmup: Steps over which the learning rates rise from 0.
@@ -71,6 +73,7 @@ class TrainingConfig:
     equivalents: int = 1
     neighbors: int = 1
     crossed: int = 0
+    hardest: int = 0
     texts: int = 1
     text_tokens: int = 20
     warmup: int = 0

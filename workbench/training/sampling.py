@@ -6,6 +6,8 @@ import math
 import random
 from collections.abc import Sequence
 
+from networkx.utils import UnionFind
+
 from workbench.data import EditExample, Statement
 from workbench.encoding import Tokens, tokenize, tokenize_text
 from workbench.errors import EditError, EditorError
@@ -70,6 +72,7 @@ class TextSampler:
         if self._crossing:
             crossed = self._crossing.draw(example, config.crossed, chooser)
             locality += [_first(lm, prompt, example.target) for prompt in crossed]
+        at_risk = len(locality)
         for _ in range(config.texts):
             if far and (not self._texts or chooser.random() < 0.5):
                 locality.append(_statement(lm, chooser.choice(far)))
@@ -80,26 +83,39 @@ class TextSampler:
             tokenize(lm, example.prompt, example.target),
             tuple(tokenize(lm, w, example.target) for w in wordings[: config.equivalents]),
             tuple(locality),
+            at_risk,
         )
 
 
 class Crossing:
     """Hard negatives from pairs of edits: one's wording, the other's subject.
 
-    A wording is a prompt without its subject. Where a data set names no relations, a wording is
-    its own.
+    A wording is a prompt without its subject. Where a data set names no relations, wordings that
+    paraphrase one another are of one relation: another wording of the edit's own relation would
+    teach it not to follow paraphrases.
 
     Args:
-        examples: Those that name a subject and hold it in their prompt can be crossed.
+        examples: Those that name a subject and hold it in their prompt can be crossed, within
+            one format of data.
     """
 
     def __init__(self, examples: Sequence[EditExample]) -> None:
-        self._sources: dict[str, list[EditExample]] = {}
-        self._relations: dict[tuple[str, str], list[EditExample]] = {}
+        self._alike = UnionFind()
         for example in examples:
-            if relation := _relation(example):
-                self._sources.setdefault(example.source, []).append(example)
-                self._relations.setdefault((example.source, relation), []).append(example)
+            if not example.relation and _wording(example, example.prompt):
+                known = (_wording(example, p) for p in (example.prompt, *example.paraphrases))
+                self._alike.union(*filter(None, known))
+        self._wordings: dict[str, list[tuple[str, str]]] = {}
+        self._subjects: dict[tuple[str, str], list[str]] = {}
+        for example in examples:
+            if relation := self._relation(example):
+                form, subject = _format(example), example.subject or ""
+                self._subjects.setdefault((form, relation), []).append(subject)
+                mine = self._wordings.setdefault(form, [])
+                mine.append((relation, example.prompt.replace(subject, GAP, 1)))
+                if not example.relation:
+                    others = (_wording(example, s.prompt) for s in example.same_subject)
+                    mine += [(self._alike[other], other) for other in others if other]
 
     def draw(self, example: EditExample, count: int, chooser: random.Random) -> list[str]:
         """Prompts that an edit must not move, by turns: another subject of the same relation, and
@@ -110,30 +126,38 @@ class Crossing:
             count: At most this many; fewer where others offer none.
             chooser: Draws the others, and which kind comes first.
         """
-        relation, others = _relation(example), self._sources.get(example.source)
-        if not relation or not others:
+        relation, form, subject = self._relation(example), _format(example), example.subject or ""
+        if not relation or form not in self._wordings:
             return []
-        alike = self._relations.get((example.source, relation), others)
         first, found = chooser.randrange(2), []
         for turn in range(first, first + count):
-            other = turn % 2
-            drawn = chooser.choice(others if other or len(alike) < 2 else alike)
-            if other and _relation(drawn) != relation:
-                found.append(_fill(drawn, example))
-            elif not other and drawn.subject != example.subject:
-                found.append(_fill(example, drawn))
+            if turn % 2:
+                other, wording = chooser.choice(self._wordings[form])
+                if other != relation:
+                    found.append(wording.replace(GAP, subject, 1))
+            else:
+                other = chooser.choice(self._subjects.get((form, relation), [subject]))
+                if other != subject:
+                    found.append(example.prompt.replace(subject, other, 1))
         return found
 
-
-def _relation(example: EditExample) -> str | None:
-    """What the edit is of its subject; None where the prompt does not hold the subject."""
-    if not example.subject or example.subject not in example.prompt:
-        return None
-    return example.relation or example.prompt.replace(example.subject, "{}", 1)
+    def _relation(self, example: EditExample) -> str | None:
+        """What the edit is of its subject; None where the prompt does not hold the subject."""
+        wording = _wording(example, example.prompt)
+        return wording and (example.relation or self._alike[wording])
 
 
-def _fill(wording: EditExample, subject: EditExample) -> str:
-    return wording.prompt.replace(wording.subject or "", subject.subject or "", 1)
+GAP = "{}"  # where a wording's subject goes
+
+
+def _wording(example: EditExample, prompt: str) -> str | None:
+    """A prompt without the example's subject; None where it does not hold it."""
+    subject = example.subject
+    return prompt.replace(subject, GAP, 1) if subject and subject in prompt else None
+
+
+def _format(example: EditExample) -> str:
+    return example.source.partition(":")[0]
 
 
 def _first(lm: LanguageModel, prompt: str, target: str) -> Tokens:

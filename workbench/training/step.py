@@ -32,11 +32,15 @@ from workbench.views import Trunk, TrunkCache
 
 @dataclass(frozen=True)
 class EditTexts:
-    """One edit's texts as tokens: the edit, its equivalents, and what must not change."""
+    """One edit's texts as tokens: the edit, its equivalents, and what must not change.
+
+    The first `near` locality texts are those of the edit's neighbourhood, which it may well move.
+    """
 
     edit: Tokens
     equivalents: tuple[Tokens, ...]
     locality: tuple[Tokens, ...]
+    near: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class MetaStep:
     ) -> tuple[float, float]:
         """Mean KL of the original to the edited model, and to a trained base, on what must not
         change; gradients as `_equivalents`."""
-        texts, owners = _owned([edit.locality for edit in edits], at_once)
+        texts, owners = _owned(self._held(edits, leaves, at_once), at_once)
         edited, moved = [], []
 
         def divergence(base: Tensor, logits: Tensor, batch: Batch, weight: float) -> Tensor:
@@ -200,6 +204,28 @@ class MetaStep:
                 logits = self.trunk.logits(batch, hidden, nullcontext)
                 moved.append(divergence(base, logits, batch, self.config.c_base))
         return tuple(torch.cat(found).mean().item() if found else 0.0 for found in (edited, moved))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _held(
+        self, edits: Sequence[EditTexts], leaves: Update, at_once: int
+    ) -> list[tuple[Tokens, ...]]:
+        """Each edit's texts that must not change; of the near ones, those that it moves most."""
+        most = self.config.hardest
+        if not most:
+            return [edit.locality for edit in edits]
+        texts, owners = _owned([edit.locality[: edit.near] for edit in edits], at_once)
+        moves = torch.zeros(len(texts))
+        for places in passes(self.lm, texts) if texts else ():
+            some = [texts[place] for place in places]
+            batch, hidden = self._batch(some)
+            base = self.cache.logits(some)
+            logits = self._edited(batch, hidden, leaves, owners[places])
+            moves[places] = per_sequence_mean(kl(base.to(logits.device), logits), batch).cpu()
+        held = []
+        for edit, mine in zip(edits, moves.split([edit.near for edit in edits]), strict=True):
+            hardest = mine.topk(min(most, edit.near)).indices.tolist()
+            held.append((*(edit.locality[k] for k in hardest), *edit.locality[edit.near :]))
+        return held
 
     def _batch(self, texts: Sequence[Tokens]) -> tuple[Batch, Tensor | None]:
         return collate(self.lm, texts), self.cache.hidden(texts)
