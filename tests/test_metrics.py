@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from workbench import EditExample, LanguageModel, Statement, Update, Workbench
-from workbench.editors import open_editor
+from workbench.editors import EditRequest, open_editor
 from workbench.encoding import Batch
 from workbench.evaluate import EvaluationConfig, evaluate
 from workbench.metrics import EditorScores, EditScores, Mean, accuracy, exact, kept
@@ -94,3 +94,31 @@ def test_an_edit_of_nothing_scores_as_the_base(default_model: LanguageModel) -> 
     assert scores.drawdown == 0
     assert scores.kl_neighborhood == pytest.approx(0, abs=1e-5)
     assert scores.neighborhood_score == scores.neighborhood_score_base == 1
+
+
+def test_crossed_prompts_are_measured_at_their_first_token(default_model: LanguageModel) -> None:
+    editor = open_editor(None, default_model)
+    known = [
+        EditExample(
+            prompt=f"The {relation} of {subject} is",
+            target="Lyon",
+            subject=subject,
+            relation=relation,
+        )
+        for subject in ("France", "Spain")
+        for relation in ("capital", "national dish")
+    ]
+    scores = evaluate(editor, known, EvaluationConfig(crossed=4)).edits[0]
+    update = editor.propose([EditRequest(known[0].prompt, "Lyon")]).update
+
+    def kept(prompt: str) -> float:
+        inputs = default_model.tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            base = default_model.model(**inputs).logits[0, -1]
+            with overlay(default_model.model, update):
+                edited = default_model.model(**inputs).logits[0, -1]
+        return float(base.argmax() == edited.argmax())
+
+    assert scores.other_subjects_kept == kept("The capital of Spain is")
+    assert scores.other_relations_kept == kept("The national dish of France is")
+    assert evaluate(editor, known).edits[0].other_subjects_kept is None

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 
+from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
 from workbench.editors.mend import Mend
 from workbench.encoding import Tokens, kl, tokenize
@@ -28,7 +29,6 @@ from workbench.factors import capture
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.training import (
-    Crossing,
     EditTexts,
     MetaStep,
     StepLosses,

@@ -99,6 +99,14 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
     return tokens
 
 
+def first_token(lm: LanguageModel, prompt: str, target: str) -> Tokens:
+    """Tokenise a prompt and of its target the first token alone: what a model makes of the prompt
+    before it has read any of the target."""
+    text = tokenize(lm, prompt, target)
+    cut = len(text.targets) - 1 if lm.kind == "causal" else 0
+    return Tokens(text.ids[: len(text.ids) - cut], text.targets[:1])
+
+
 def tokenize_text(lm: LanguageModel, text: str, max_tokens: int = 32) -> Tokens:
     """Tokenise a plain text of which every token after the first is to be predicted."""
     ids = lm.tokenizer(text)["input_ids"][: max_tokens + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch.nn.functional import cross_entropy
 from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
+from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
 from workbench.editors import Editor, EditRequest, TrainableEditor
-from workbench.encoding import Tokens, collate, kl, passes, tokenize, tokenize_text
+from workbench.encoding import Tokens, collate, first_token, kl, passes, tokenize, tokenize_text
 from workbench.errors import EditError
 from workbench.layers import EditableLayer
 from workbench.metrics import EditorScores, EditScores, begins_with, exact, mean_or_none
@@ -34,6 +36,8 @@ class EvaluationConfig:
 
     Args:
         neighbors: Most neighbours looked at.
+        crossed: Prompts crossed with other examples looked at, of each of their two kinds; see
+            `crossing.Crossing`.
         unrelated: Unrelated texts looked at: the example's own, filled up from the given texts.
         text_tokens: Tokens read of an unrelated text; every position counts.
         generate: Also generate from the prompt (free-running success).
@@ -45,6 +49,7 @@ class EvaluationConfig:
     """
 
     neighbors: int = 10
+    crossed: int = 0
     unrelated: int = 2
     text_tokens: int = 24
     generate: bool = False
@@ -97,7 +102,9 @@ def evaluate(
         baselines: Kept from one editor to the next, so that what the model itself makes of the
             texts is computed once; None: kept for this call.
     """
-    judge = _Judge(editor, config or EvaluationConfig(), texts, baselines or Baselines())
+    config = config or EvaluationConfig()
+    crossing = Crossing(examples) if config.crossed else None
+    judge = _Judge(editor, config, texts, baselines or Baselines(), crossing)
     scores = EditorScores()
     while len(scores.edits) < len(examples):
         for found in judge.score(examples[len(scores.edits) :]):
@@ -133,11 +140,12 @@ def knows(lm: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[bool]:
 class _Look:
     """A text that an edit is judged by, and what it is there for.
 
-    Near are the neighbours with their own answers, rivals the same with the edit's target.
+    Near are the neighbours with their own answers, rivals the same with the edit's target; what is
+    crossed has another subject or asks another relation.
     """
 
     edit: int
-    kind: Literal["wanted", "near", "rival", "far"]
+    kind: Literal["wanted", "near", "rival", "subject", "relation", "far"]
     text: Tokens
 
     @property
@@ -192,7 +200,9 @@ class _Judge:
         config: EvaluationConfig,
         texts: Sequence[str],
         baselines: Baselines,
+        crossing: Crossing | None,
     ) -> None:
+        self.crossing = crossing
         self.editor, self.config, self.lm, self.texts = editor, config, editor.lm, texts
         self.base, self.original = baselines.of(self.lm, editor.layers), None
         if isinstance(editor, TrainableEditor) and editor.trains_base:
@@ -239,6 +249,13 @@ class _Judge:
         for statement, answer in _answered(_neighbors(example), config.neighbors):
             yield _Look(edit, "near", tokenize(lm, statement.prompt, answer))
             yield _Look(edit, "rival", tokenize(lm, statement.prompt, example.target))
+        if self.crossing:
+            chooser = random.Random(example.prompt)
+            for _ in range(config.crossed):
+                if prompt := self.crossing.other_subject(example, chooser):
+                    yield _Look(edit, "subject", first_token(lm, prompt, example.target))
+                if prompt := self.crossing.other_relation(example, chooser):
+                    yield _Look(edit, "relation", first_token(lm, prompt, example.target))
         own = _answered(example.unrelated, config.unrelated)
         for statement, answer in own:
             yield _Look(edit, "far", tokenize(lm, statement.prompt, answer))
@@ -297,6 +314,8 @@ def _fill(scores: EditScores, example: EditExample, seen: Mapping[str, Sequence[
     scores.paraphrase_success = wanted[1].exact if len(wanted) > 1 else None
     scores.neighborhood_kept = mean_or_none(s.kept for s in near)
     scores.kl_neighborhood = mean_or_none(s.divergence for s in near)
+    scores.other_subjects_kept = mean_or_none(s.kept for s in seen.get("subject", ()))
+    scores.other_relations_kept = mean_or_none(s.kept for s in seen.get("relation", ()))
     scores.unrelated_kept = mean_or_none(s.kept for s in far)
     scores.drawdown = mean_or_none(s.accuracy[0] - s.accuracy[1] for s in far)
     scores.base_drawdown = mean_or_none(

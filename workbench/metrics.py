@@ -74,6 +74,9 @@ class EditScores:
         neighborhood_score: Share of neighbours where p(true answer) > p(the edit's target), by
             mean log-probability a token (CounterFact's NS).
         neighborhood_score_base: The same before the edit.
+        other_subjects_kept: Share of prompts that ask the same of other subjects, crossed from
+            other examples, whose most likely next token is unchanged.
+        other_relations_kept: The same of prompts that ask other things of the same subject.
         unrelated_kept: As neighborhood_kept, on unrelated texts.
         drawdown: Loss of token accuracy on unrelated texts; positive is worse.
         base_drawdown: The same of a trained base (ENN) against the original, before any edit.
@@ -88,6 +91,8 @@ class EditScores:
     neighborhood_kept: float | None = None
     neighborhood_score: float | None = None
     neighborhood_score_base: float | None = None
+    other_subjects_kept: float | None = None
+    other_relations_kept: float | None = None
     unrelated_kept: float | None = None
     drawdown: float | None = None
     base_drawdown: float | None = None

@@ -28,6 +28,8 @@ MEASURES = (
     "paraphrase_success",
     "neighborhood_kept",
     "neighborhood_score",
+    "other_subjects_kept",
+    "other_relations_kept",
     "unrelated_kept",
     "drawdown",
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from workbench.training.config import TrainingConfig
-from workbench.training.sampling import Crossing, TextSampler
+from workbench.training.sampling import TextSampler
 from workbench.training.step import EditTexts, MetaStep, StepLosses
 from workbench.training.trainer import CHECKPOINT, LOG, Progress, Trainer
 
 __all__ = [
     "CHECKPOINT",
     "LOG",
-    "Crossing",
     "EditTexts",
     "MetaStep",
     "Progress",

@@ -6,10 +6,9 @@ import math
 import random
 from collections.abc import Sequence
 
-from networkx.utils import UnionFind
-
+from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
-from workbench.encoding import Tokens, tokenize, tokenize_text
+from workbench.encoding import Tokens, first_token, tokenize, tokenize_text
 from workbench.errors import EditError, EditorError
 from workbench.models import LanguageModel
 from workbench.training.config import TrainingConfig
@@ -71,7 +70,7 @@ class TextSampler:
         locality = [_statement(lm, s) for s in near[: config.neighbors]]
         if self._crossing:
             crossed = self._crossing.draw(example, config.crossed, chooser)
-            locality += [_first(lm, prompt, example.target) for prompt in crossed]
+            locality += [first_token(lm, prompt, example.target) for prompt in crossed]
         at_risk = len(locality)
         for _ in range(config.texts):
             if far and (not self._texts or chooser.random() < 0.5):
@@ -85,86 +84,6 @@ class TextSampler:
             tuple(locality),
             at_risk,
         )
-
-
-class Crossing:
-    """Hard negatives from pairs of edits: one's wording, the other's subject.
-
-    A wording is a prompt without its subject. Where a data set names no relations, wordings that
-    paraphrase one another are of one relation: another wording of the edit's own relation would
-    teach it not to follow paraphrases.
-
-    Args:
-        examples: Those that name a subject and hold it in their prompt can be crossed, within
-            one format of data.
-    """
-
-    def __init__(self, examples: Sequence[EditExample]) -> None:
-        self._alike = UnionFind()
-        for example in examples:
-            if not example.relation and _wording(example, example.prompt):
-                known = (_wording(example, p) for p in (example.prompt, *example.paraphrases))
-                self._alike.union(*filter(None, known))
-        self._wordings: dict[str, list[tuple[str, str]]] = {}
-        self._subjects: dict[tuple[str, str], list[str]] = {}
-        for example in examples:
-            if relation := self._relation(example):
-                form, subject = _format(example), example.subject or ""
-                self._subjects.setdefault((form, relation), []).append(subject)
-                mine = self._wordings.setdefault(form, [])
-                mine.append((relation, example.prompt.replace(subject, GAP, 1)))
-                if not example.relation:
-                    others = (_wording(example, s.prompt) for s in example.same_subject)
-                    mine += [(self._alike[other], other) for other in others if other]
-
-    def draw(self, example: EditExample, count: int, chooser: random.Random) -> list[str]:
-        """Prompts that an edit must not move, by turns: another subject of the same relation, and
-        the same subject in another relation.
-
-        Args:
-            example: The edit.
-            count: At most this many; fewer where others offer none.
-            chooser: Draws the others, and which kind comes first.
-        """
-        relation, form, subject = self._relation(example), _format(example), example.subject or ""
-        if not relation or form not in self._wordings:
-            return []
-        first, found = chooser.randrange(2), []
-        for turn in range(first, first + count):
-            if turn % 2:
-                other, wording = chooser.choice(self._wordings[form])
-                if other != relation:
-                    found.append(wording.replace(GAP, subject, 1))
-            else:
-                other = chooser.choice(self._subjects.get((form, relation), [subject]))
-                if other != subject:
-                    found.append(example.prompt.replace(subject, other, 1))
-        return found
-
-    def _relation(self, example: EditExample) -> str | None:
-        """What the edit is of its subject; None where the prompt does not hold the subject."""
-        wording = _wording(example, example.prompt)
-        return wording and (example.relation or self._alike[wording])
-
-
-GAP = "{}"  # where a wording's subject goes
-
-
-def _wording(example: EditExample, prompt: str) -> str | None:
-    """A prompt without the example's subject; None where it does not hold it."""
-    subject = example.subject
-    return prompt.replace(subject, GAP, 1) if subject and subject in prompt else None
-
-
-def _format(example: EditExample) -> str:
-    return example.source.partition(":")[0]
-
-
-def _first(lm: LanguageModel, prompt: str, target: str) -> Tokens:
-    """A text with the target's first token alone: later ones would follow the edit's own words."""
-    text = tokenize(lm, prompt, target)
-    cut = len(text.targets) - 1 if lm.kind == "causal" else 0
-    return Tokens(text.ids[: len(text.ids) - cut], text.targets[:1])
 
 
 def _statement(lm: LanguageModel, statement: Statement) -> Tokens:
