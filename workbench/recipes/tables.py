@@ -119,6 +119,9 @@ class Runner:
         folder = self.work / name
         arguments, marker = expand(self.recipes, name), folder / "finished"
         if not marker.exists():
+            for other in self.recipes["editors"]:  # that it is trained on from
+                if f"--start {{work}}/{other} " in arguments:
+                    self.editor(TRAINED + other)
             self.run(f"train {arguments} --out {folder} --resume")
             write_text(marker, arguments + "\n")
         elif marker.read_text().strip() != arguments:
