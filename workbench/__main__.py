@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         "--known", action="store_true", help="edit only where the model gives the true answer"
     )
     evaluate.add_argument("--generate", action="store_true", help="also score free-running text")
+    evaluate.add_argument(
+        "--crossed",
+        type=int,
+        default=0,
+        help="prompts with another subject, and with another relation, of other examples (0)",
+    )
     evaluate.add_argument("--at-once", type=int, default=1, help="edits live together (1)")
     evaluate.add_argument("--aggregation", default="sum", help="sum, ridge or sequence, of those")
     evaluate.add_argument("--damping", type=float, default=0.1, help="of ridge (0.1)")
