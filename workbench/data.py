@@ -161,7 +161,9 @@ def texts(spec: str, *, split: str | None = None, limit: int | None = None) -> l
     """Whole passages of "passages:PATH", as plain text for locality.
 
     Args:
-        spec, split, limit: as in `read`; passages too short for it are left out here too.
+        spec: as in `read`; passages too short for it are left out here too.
+        split: as in `read`.
+        limit: as in `read`.
 
     Raises:
         DataError: as `read`, and where the spec is of another format.
