@@ -1,5 +1,5 @@
 # `make app` and `make test` are the two commands to know; `make help` lists the rest.
-# Each makes its own environment in .venv; once that stands, nothing here needs a network.
+# Each makes its own environment in .venv; once that stands, only what says so needs a network.
 
 PYTHON = $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV = .venv
@@ -15,8 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots package \
-	space lock clean
+.PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots \
+	docs package space audit lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -78,6 +78,9 @@ tables: setup  ## train and measure what assets/results compares (ARGS="--only t
 screenshots: setup browser  ## take the README's pictures anew
 	$(PY) -m tests.screenshots
 
+docs: setup  ## build the documentation, strictly, into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 package: setup  ## build dist/ and try the wheel in an empty environment; needs a network
 	rm -rf dist && $(PY) -m hatchling build -d dist -t sdist -t wheel
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
@@ -96,8 +99,13 @@ space: setup  ## put a Gradio Space's repository together in build/space; needs 
 	cp -r apps/editor apps/editor_app.py apps/editor_app.css build/space/apps
 	find build/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
+audit:  ## look for known flaws in the pinned packages; needs a network
+	rm -rf build/audit && $(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install -q pip-audit
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r requirements-models.txt
+
 # torch is pinned without its +cpu or +cu label, and its CUDA packages follow from it.
-lock:  ## renew requirements.lock from pyproject.toml's ranges
+lock:  ## renew requirements.lock from pyproject.toml's ranges; needs a network
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install -q '.[dev]'
 	{ sed -n '/^#/p' requirements.lock; \
@@ -106,5 +114,5 @@ lock:  ## renew requirements.lock from pyproject.toml's ranges
 	mv build/requirements.lock requirements.lock && rm -rf build
 
 clean:  ## remove .venv and every cache
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
