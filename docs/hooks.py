@@ -27,6 +27,21 @@ TAKEN = (
 FORMULA = re.compile(r"(\$\$.+?\$\$|\$[^$]+?\$)", re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List in the navigation each file that a section's pattern stands for."""
+    for entry in config.nav or ():
+        for title, names in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(names, list):
+                entry[title] = [found for name in names for found in named(name)]
+    return config
+
+
+def named(name: str) -> list[str]:
+    """A page, or the files of the repository that a pattern with * stands for."""
+    files = sorted(ROOT.glob(name)) if "*" in name else ()
+    return [path.relative_to(ROOT).as_posix() for path in files] or [name]
+
+
 @event_priority(100)  # before the notebooks' plugin looks at the files
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies outside of docs/, under its path in the repository."""
