@@ -31,7 +31,7 @@ LAYERS = (
     ("gguf", "shipped"),
     ("layers", "models", "memory", "encoding"),
     ("updates", "adapters"),
-    ("metrics", "overlay", "factors", "views"),
+    ("crossing", "metrics", "overlay", "factors", "views"),
     ("editors",),
     ("training", "subjects", "probes", "results"),
     ("sentences", "rewrites", "neighborhood", "report"),
