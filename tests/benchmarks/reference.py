@@ -32,7 +32,7 @@ class ReferenceLoop:
     def __init__(self, editor: Mend, config: TrainingConfig) -> None:
         self.editor, self.config, self.model = editor, config, editor.lm.model
 
-    def example(self, edit: EditTexts) -> float:
+    def example(self, edit: EditTexts, backward: bool = True) -> float:
         """One example's total loss; its gradient is added to the editor's parameters."""
         self.model.requires_grad_(True)
         factors = self._factors(edit.edit)
@@ -44,7 +44,8 @@ class ReferenceLoop:
         edit_loss = self._nll(edit.equivalents, weights)
         locality = self._kl(edit.locality, weights)
         total = self.config.c_edit * edit_loss + self.config.c_locality * locality
-        total.backward()
+        if backward:
+            total.backward()
         self.model.requires_grad_(False)
         self.model.zero_grad(set_to_none=True)
         return total.item()
