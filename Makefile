@@ -69,7 +69,7 @@ fmt: setup  ## let ruff fix and format
 notebooks: setup browser  ## execute the notebooks in place (ARGS="01 05")
 	$(PY) -m tests.notebook_runs $(ARGS)
 
-bench: setup  ## measure speed and memory
+bench: setup  ## measure speed and memory (ARGS="--only edit --rounds 30")
 	$(PY) -m tests.benchmarks $(ARGS)
 
 tables: setup  ## train and measure what assets/results compares (ARGS="--only together")
