@@ -53,7 +53,7 @@ def test_an_outline_holds_nothing_and_is_estimated_as_it_is_filled(family: str, 
     lm = LanguageModel.wrap(outline(config, precision), tokenizer)
     assert all(parameter.is_meta for parameter in lm.model.parameters())
     training = TrainingConfig(batch=2)
-    needed = estimate(lm, MendConfig(rank=8), texts_of(lm, examples, training), training)
+    needed = estimate(lm, MendConfig(rank=8), texts_of(lm, examples, training), training, CPU)
     made = LanguageModel.wrap(filled(lm.model, precision, CPU), tokenizer)
     assert made.precision == {"bf16": "bfloat16"}.get(precision, precision)
     held = sum(p.numel() * p.itemsize for p in made.model.parameters())

@@ -19,6 +19,7 @@ from workbench.encoding import (
     Tokens,
     collate,
     length_groups,
+    passes,
     per_sequence_mean,
     sequence_nll,
     tokenize,
@@ -273,6 +274,13 @@ def test_means_over_sequences(causal: LanguageModel) -> None:
 
 
 # Batches of like lengths
+
+
+def test_batches_are_those_of_the_device_that_is_named():
+    lm = language_model("gpt2")
+    texts = [Tokens((0,) * length, (0,)) for length in (2, 200)]
+    assert passes(lm, texts) == passes(lm, texts, torch.device("cpu")) == [[0], [1]]
+    assert passes(lm, texts, torch.device("cuda")) == [[0, 1]]
 
 
 def padded(groups: list[list[int]], lengths: list[int], overhead: int) -> int:

@@ -161,9 +161,17 @@ def collate(lm: LanguageModel, texts: Sequence[Tokens]) -> Batch:
     )
 
 
-def passes(lm: LanguageModel, texts: Sequence[Tokens]) -> list[list[int]]:
-    """Split texts into batches, by index: those that the model's device runs through fastest."""
-    return length_groups(texts, 96 if lm.device.type == "cpu" else 4096)
+def passes(
+    lm: LanguageModel, texts: Sequence[Tokens], device: torch.device | None = None
+) -> list[list[int]]:
+    """Split texts into batches, by index: those that a device runs through fastest.
+
+    Args:
+        lm: The model.
+        texts: At least one.
+        device: None: the model's.
+    """
+    return length_groups(texts, 96 if (device or lm.device).type == "cpu" else 4096)
 
 
 def length_groups(texts: Sequence[Tokens], overhead: int) -> list[list[int]]:

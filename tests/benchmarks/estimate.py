@@ -65,7 +65,11 @@ class Estimate:
 
 
 def estimate(
-    lm: LanguageModel, config: MendConfig, edits: Sequence[EditTexts], training: TrainingConfig
+    lm: LanguageModel,
+    config: MendConfig,
+    edits: Sequence[EditTexts],
+    training: TrainingConfig,
+    device: torch.device,
 ) -> Estimate:
     """Estimate from an outline (`shapes.outline`).
 
@@ -74,6 +78,7 @@ def estimate(
         config: The editor's.
         edits: A batch of training as tokens; the first is also the edit that is made.
         training: Settings of training.
+        device: Where both will run: it decides how many texts run through the model together.
     """
     with torch.device("meta"):
         editor = Mend(lm, config)
@@ -88,7 +93,7 @@ def estimate(
         optimizer=3 * _FLOAT * learned,
         activations=batch.networks(graph=True)
         + 3 * everything.factors()
-        + max(everything.run(texts, overlaid=True) for texts in everything.batches()),
+        + max(everything.run(texts, overlaid=True) for texts in everything.batches(device)),
         cache=cache,
     )
 
@@ -106,12 +111,13 @@ class _Work:
         self.each = self.lm.dtype.itemsize
         self.start = Trunk(self.lm, editor.layers).start
         self.terms = max(len(edit.edit.ids) for edit in edits)
+        self.width = self.lm.model.get_input_embeddings().get_parameter("weight").shape[1]
 
-    def batches(self) -> Iterator[list[Tokens]]:
+    def batches(self, device: torch.device) -> Iterator[list[Tokens]]:
         """The texts that run through the model together."""
         for kind in ("equivalents", "locality"):
             texts = [text for edit in self.edits for text in getattr(edit, kind)]
-            for places in passes(self.lm, texts):
+            for places in passes(self.lm, texts, device):
                 yield [texts[place] for place in places]
 
     def run(self, texts: Sequence[Tokens], overlaid: bool = False) -> int:
@@ -121,9 +127,9 @@ class _Work:
         for stack in self.lm.stacks:
             length = written if stack.name == "decoder" and self.lm.kind == "seq2seq" else read
             for index, block in enumerate(stack.blocks):
-                widths = sum(sum(shape) for shape in _linears(block))
-                # Norms, residuals and gates are computed in float32, besides what layers pass on.
-                taken = count * length * widths * (self.each + _FLOAT)
+                passed = sum(sum(shape) for shape in _linears(block))
+                # Norms are computed in float32.
+                taken = count * length * (passed * self.each + 4 * self.width * _FLOAT)
                 scratch = max(scratch, taken)
                 held += taken if stack is not self.lm.stacks[0] or index >= self.start else 0
         if overlaid:  # inputs and changes in float32; a copy of each text's own edit, its gradient
@@ -141,7 +147,7 @@ class _Work:
 
     def networks(self, graph: bool) -> int:
         """The editor's own activations: of all its blocks where the graph is kept, else of one."""
-        rows, taken = len(self.edits) * self.terms, []
+        rows, taken = sum(len(edit.edit.ids) for edit in self.edits), []
         for group in self.editor.groups.values():
             width = group[0].in_features + group[0].out_features
             rank = min(self.editor.config.rank, width)
@@ -151,12 +157,11 @@ class _Work:
 
     def cached(self) -> int:
         """Hidden states where the edited blocks begin, last ones, factors of the edits."""
-        width = self.lm.model.get_input_embeddings().get_parameter("weight").shape[1]
         texts = {t for e in self.edits for t in (e.edit, *e.equivalents, *e.locality)}
         kept = {t for e in self.edits for t in e.locality}
         rows = sum(len(text.ids) for text in texts) if self.start else 0
         rows += sum(len(text.targets) for text in kept)
-        return int(rows * width * self.each) + self.factors()
+        return int(rows * self.width * self.each) + self.factors()
 
     def _unpacked(self) -> int:
         """The largest quantised matrix, which is made dense to be used."""

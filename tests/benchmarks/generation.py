@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +19,16 @@ def makers(setting: Setting) -> Makers:
     """`edits_N`: under N live edits; `peft_N`: under one LoRA adapter that holds them all."""
     length: dict[str, Any] = {"max_new_tokens": setting.tokens, "min_new_tokens": setting.tokens}
 
+    @cache
+    def edited(count: int) -> Workbench:
+        return _edited(setting, count)
+
     def ours(count: int) -> Action:
-        bench = _edited(setting, count)
+        bench = edited(count)
         return lambda: bench.generate(PROMPT, **length)
 
     def peft(count: int) -> Action:
-        lm = _with_adapter(_edited(setting, count))
+        lm = _with_adapter(edited(count))
         return lambda: generate_texts(lm, [PROMPT], **length)
 
     return {

@@ -64,7 +64,7 @@ def scale(
     tokenizer = word_tokenizer(examples, vocabulary)
     lm, training = LanguageModel.wrap(model, tokenizer, shape), TrainingConfig(batch=batch)
     edits = texts_of(lm, examples, training)
-    needed = estimate(lm, config, edits, training)
+    needed = estimate(lm, config, edits, training, device)
     check(f"{shape} in {precision}", needed, device)
 
     start, before = time.perf_counter(), _held(device)
