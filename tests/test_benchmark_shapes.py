@@ -33,14 +33,14 @@ def small(shape: str, **settings: int) -> hf.PretrainedConfig:
     return config
 
 
-def parameters(shape: str) -> int:
+def count(shape: str) -> int:
     return sum(p.numel() for p in outline(SHAPES[shape](), "bf16").parameters())
 
 
 def test_the_large_shapes_have_their_names_sizes():
-    assert parameters("1b") == 1_235_814_400
-    assert parameters("gpt-j-6b") == 6_050_882_784
-    assert parameters("t5-xxl") == pytest.approx(11.1e9, rel=0.02)
+    assert count("1b") == 1_235_814_400
+    assert count("gpt-j-6b") == 6_050_882_784
+    assert count("t5-xxl") == pytest.approx(11.1e9, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "float32", "4bit"])
@@ -56,12 +56,9 @@ def test_an_outline_holds_nothing_and_is_estimated_as_it_is_filled(family: str, 
     needed = estimate(lm, MendConfig(rank=8), texts_of(lm, examples, training), training, CPU)
     made = LanguageModel.wrap(filled(lm.model, precision, CPU), tokenizer)
     assert made.precision == {"bf16": "bfloat16"}.get(precision, precision)
-    held = sum(p.numel() * p.itemsize for p in made.model.parameters())
-    scales = sum(
-        p.quant_state.absmax.numel() * 4
-        for p in made.model.parameters()
-        if hasattr(p, "quant_state")
-    )
+    parameters: list[Any] = list(made.model.parameters())
+    held = sum(p.numel() * p.itemsize for p in parameters)
+    scales = sum(p.quant_state.absmax.numel() * 4 for p in parameters if hasattr(p, "quant_state"))
     assert needed.weights == pytest.approx(held + scales, rel=1e-3)
     editor = Mend(made, MendConfig(rank=8))
     numbers = [*editor.parameters(), *editor.buffers()]
@@ -94,7 +91,7 @@ def test_growth_is_measured_along_an_axis_and_drawn():
     found = growth("live edits", (1, 2), CPU, rounds=1)
     assert all(set(points) == {1, 2} for points in found.values())
     assert len(found) == 3
-    drawn = figure({"live edits": found, "width": found})
+    drawn: Any = figure({"live edits": found, "width": found})
     assert len(drawn.data) == 6
     assert [trace.showlegend for trace in drawn.data] == [True] * 3 + [False] * 3
     assert set(AXES) == {"width", "depth", "batch", "rank", "live edits"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,8 +61,10 @@ def measured(setting: Setting, names: list[str] | tuple[str, ...], rounds: int) 
     results: Figures = {"machine": machine(setting.device)}
     for name, (benchmark, share) in BENCHMARKS.items():
         if name in names:
+            print(f"{name} ...", file=sys.stderr, flush=True)
             results[name] = benchmark(setting, max(1, rounds // share))
     if "peaks" in names:
+        print("peaks ...", file=sys.stderr, flush=True)
         results["peaks"] = peaks(setting.device)
     return results | {"targets": judged(results)}
 

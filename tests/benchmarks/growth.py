@@ -29,7 +29,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "depth": (4, 8, 16, 32),
     "batch": (1, 4, 16, 64),
     "rank": (16, 64, 256, 1024),
-    "live edits": (1, 4, 16, 64),
+    "live edits": (1, 2, 4, 8, 16),  # of a batch of 16, in training
 }
 EDIT, STEP, GENERATION = "an edit", "a training step", "eight tokens"
 
@@ -90,7 +90,7 @@ def _actions(
     def edit() -> None:
         bench.fork(edits=True).edit_many(asked)
 
-    step = Step(Mend(lm, MendConfig(rank=rank)).train(), edits)
+    step = Step(Mend(lm, MendConfig(rank=rank)).train(), edits, at_once=live_edits)
     generate: Callable[[], object] = partial(
         bench.generate, examples[0].prompt, max_new_tokens=8, min_new_tokens=8
     )

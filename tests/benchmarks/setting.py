@@ -88,17 +88,20 @@ class Step:
         editor: What is trained.
         edits: The batch.
         cached: Whether what is constant for a text is kept.
+        at_once: Edits that are live together when their texts are scored.
     """
 
-    def __init__(self, editor: Mend, edits: Sequence[EditTexts], cached: bool = True) -> None:
-        self.editor, self.edits = editor, edits
+    def __init__(
+        self, editor: Mend, edits: Sequence[EditTexts], cached: bool = True, at_once: int = 1
+    ) -> None:
+        self.editor, self.edits, self.at_once = editor, edits, at_once
         self.config = TrainingConfig(batch=len(edits))
         self.meta = MetaStep(editor, self.config, cached)
         self.optimizer = torch.optim.Adam(editor.parameters(), lr=0.0, fused=True)
 
     def __call__(self) -> float:
         """The batch's total loss."""
-        losses = self.meta.losses(self.edits)
+        losses = self.meta.losses(self.edits, at_once=self.at_once)
         torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,7 +110,7 @@ class Step:
     def loss(self) -> float:
         """The same without a step, the running statistics as they are."""
         self.editor.eval()
-        total = self.meta.losses(self.edits, backward=False).total
+        total = self.meta.losses(self.edits, backward=False, at_once=self.at_once).total
         self.editor.train()
         return total
 
