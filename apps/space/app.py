@@ -17,6 +17,7 @@ PLACES = {
     "HF_HOME": "hub",
     "GRADIO_TEMP_DIR": "gradio",
     "TMPDIR": "temporary",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
 }
 
 
