@@ -20,16 +20,20 @@ from workbench import Mend, MendConfig
 from workbench.training import TrainingConfig
 
 
-@pytest.fixture(scope="module")
-def setting() -> Setting:
+def tiny(precision: str) -> Setting:
     """A tiny model, in batches of the default setting's sizes."""
     config, examples = SHAPES["tiny"](), facts(16)
     tokenizer = word_tokenizer(examples, config.get_text_config().vocab_size)
-    lm = random_model(config, "float32", torch.device("cpu"), tokenizer)
+    lm = random_model(config, precision, torch.device("cpu"), tokenizer)
     edits = texts_of(lm, examples, TrainingConfig(batch=4))
     gated, linear = MendConfig(rank=4, gate=0.3, rounds=2), MendConfig(rank=4, edit_lr=1e-2)
     editor, other = (gather_statistics(Mend(lm, config), edits) for config in (gated, linear))
     return Setting(lm, editor, other, examples, ranks=(4, 8), live=(0, 1, 10), tokens=2)
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return tiny("float32")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,13 @@ def test_the_tables_show_every_figure(results: dict[str, Any]):
 def test_steps_and_the_reference_loop_have_the_same_losses(results: dict[str, Any]):
     for losses in results["training"]["losses"].values():
         assert losses["step"] == pytest.approx(losses["reference"], rel=1e-4)
+
+
+def test_half_precision_is_measured_too():
+    half = tiny("bf16")
+    assert half.lm.dtype == torch.bfloat16
+    for name in ("edit", "training", "generation"):
+        assert all(map(math.isfinite, numbers(BENCHMARKS[name][0](half, 1))))
 
 
 def test_edits_and_adapters_say_the_same(results: dict[str, Any]):

@@ -91,6 +91,12 @@ def test_resuming_other_results_is_refused_and_they_stay(
     before = out.read_text()
     assert main([*command, "--limit", "2", "--json", str(out)]) == 2
     assert "results of other settings: limit differ" in capsys.readouterr().err
+    half = ["--limit", "1", "--dtype", "bfloat16"]
+    assert main([*command, *half, "--json", str(out)]) == 2
+    assert "results of other settings: " in (said := capsys.readouterr().err)
+    assert "dtype" in said
+    assert main([*command, "--limit", "1", "--dtype", "int8", "--json", str(out)]) == 2
+    assert 'give "float32", "bfloat16" or "float16"' in capsys.readouterr().err
     assert out.read_text() == before
     out.write_text("[]")
     assert main([*command, "--limit", "1", "--json", str(out)]) == 2

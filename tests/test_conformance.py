@@ -109,7 +109,7 @@ def inputs(lm: LanguageModel, prompt: str, target: str = "") -> dict[str, Tensor
         given["decoder_input_ids"] = torch.tensor(
             [[start, *lm.tokenizer(target)["input_ids"][:-1]]]
         )
-    return given
+    return {name: ids.to(lm.device) for name, ids in given.items()}
 
 
 def said(lm: LanguageModel, update: Update | None = None) -> Tensor:

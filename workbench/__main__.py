@@ -127,6 +127,11 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
         "t5-small-qa (default: the embedded SmolLM2)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype",
+        help="float32, bfloat16 or float16 (default: float32 on the CPU, else the checkpoint's own "
+        "half precision or bfloat16)",
+    )
     parser.add_argument("--quantize", choices=["8bit", "4bit"])
     if editor:
         parser.add_argument(

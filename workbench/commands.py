@@ -44,7 +44,11 @@ from workbench.training import Trainer, TrainingConfig
 def edit(options: argparse.Namespace) -> None:
     """Make one edit; print the prompt, its equivalents, neighbours and unrelated prompts."""
     bench = Workbench.open(
-        options.model, editor=options.editor, device=options.device, quantize=options.quantize
+        options.model,
+        editor=options.editor,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
     )
     made = bench.edit(options.prompt, options.target)
     extra = [Probe(prompt, "other", options.target, "as given") for prompt in options.compare]
@@ -157,7 +161,6 @@ def evaluate(options: argparse.Namespace) -> None:
             "model": lm.source,
             "fingerprint": lm.fingerprint(),
             "dtype": str(lm.dtype).removeprefix("torch."),
-            "device": _device_name(lm),
             "data": _file_name(options.data),
             "split": options.split,
             "limit": options.limit,
@@ -180,6 +183,7 @@ def evaluate(options: argparse.Namespace) -> None:
                 editor, examples, config, on_edit=lambda _: bar.update(), baselines=baselines
             )
         about["seconds"] = round(time.perf_counter() - start, 1)
+        about["device"] = _device_name(lm)
         result["editors"][name] = scores.as_json() | about
         if options.json:
             found = {**result, "editors": kept | result["editors"]}
@@ -282,7 +286,9 @@ def settings_of(config: type, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _open(options: argparse.Namespace) -> LanguageModel:
-    return open_model(options.model, device=options.device, quantize=options.quantize)
+    return open_model(
+        options.model, device=options.device, dtype=options.dtype, quantize=options.quantize
+    )
 
 
 def _read(spec: str, split: str | None, options: argparse.Namespace, lm: LanguageModel) -> Dataset:
@@ -310,7 +316,7 @@ def _device_name(lm: LanguageModel) -> str:
 
 def _print_table(editors: dict[str, dict[str, Any]]) -> None:
     names = list(dict.fromkeys(key for scores in editors.values() for key in scores))
-    hidden = {"settings", "weights", "confidence_95", "seconds", "n"}
+    hidden = {"settings", "weights", "confidence_95", "seconds", "device", "n"}
     names = [name for name in names if name not in hidden]
     width = max(map(len, names))
     columns: Sequence[str] = [name.rsplit("/", 1)[-1][:16] for name in editors]

@@ -38,7 +38,7 @@ class ReferenceLoop:
         factors = self._factors(edit.edit)
         update = self.editor.update(self.editor.transform(factors), factors)
         weights = {
-            f"{name}.weight": self.model.get_parameter(f"{name}.weight").detach() + layer.dense()[0]
+            f"{name}.weight": self._edited(f"{name}.weight", layer.dense()[0])
             for name, layer in update.items()
         }
         edit_loss = self._nll(edit.equivalents, weights)
@@ -49,6 +49,10 @@ class ReferenceLoop:
         self.model.requires_grad_(False)
         self.model.zero_grad(set_to_none=True)
         return total.item()
+
+    def _edited(self, name: str, change: Tensor) -> Tensor:
+        weight = self.model.get_parameter(name).detach()
+        return weight + change.to(weight.dtype)
 
     def _factors(self, tokens: Tokens) -> dict[str, Factors]:
         inputs: dict[str, Tensor] = {}

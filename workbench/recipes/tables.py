@@ -162,7 +162,6 @@ class Runner:
                     found[part["editors"].index(editor), place] = {
                         "row": label,
                         "arguments": measurement.arguments,
-                        "machine": results["settings"]["device"],
                         **scores,
                     }
         yield from (found[key] for key in sorted(found))
@@ -181,8 +180,8 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     most = max(rows, key=lambda row: row["n"])
     base = most.get("neighborhood_score_base")
     note = f"Before any edit, neighborhood_score is {base:.3f}. " if base else ""
-    machines = ", ".join(sorted({row["machine"] for row in rows}))
-    return [*lines, "", f"{note}Measured on {machines}; ± is half a 95% interval."]
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    return [*lines, "", f"{note}Measured on {devices}; ± is half a 95% interval."]
 
 
 def _command(part: Mapping[str, Any]) -> str:

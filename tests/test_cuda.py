@@ -1,0 +1,223 @@
+"""On a CUDA device everything is as on the CPU: edits, training, texts; and undo is exact there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, language_model, tiny_tokenizer
+from test_conformance import CASES, MAKERS, requests
+from torch import Tensor
+from torch.testing import assert_close
+
+from workbench import EditExample, Statement, Workbench
+from workbench.editors import Editor, TrainableEditor, load_editor, save_editor
+from workbench.encoding import collate, tokenize
+from workbench.evaluate import evaluate
+from workbench.models import LanguageModel, Quantization, open_model
+from workbench.overlay import overlay
+from workbench.training import EditTexts, MetaStep, Trainer, TrainingConfig
+from workbench.updates import Update
+from workbench.views import target_logits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+PROMPT, TARGET = "The capital of France is", "Lyon"
+LEARNED = [case for case in CASES if case[0] in ("mend", "ke", "enn")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What editors keep for the next time is kept for this test only."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Workbench]:
+    """The default model and editor as they open on a card."""
+    yield Workbench.open(device="cuda", progress=False)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def on_card(family: str) -> LanguageModel:
+    """The tiny model of a family, with the same weights on the card."""
+    return LanguageModel.wrap(FAMILIES[family]().to("cuda"), tiny_tokenizer(), f"tiny-{family}")
+
+
+def twins(name: str, family: str, folder: Path) -> tuple[Editor, Editor]:
+    """One editor over a model on the CPU, and over the same one on the card."""
+    here = MAKERS[name](language_model(family))
+    assert isinstance(here, TrainableEditor)
+    return here, load_editor(save_editor(here, folder / "editor", {}), on_card(family))
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    """Equal to what sums in another order differ by."""
+    size = max(1e-6, expected.abs().max().item())
+    assert_close(found.float().cpu(), expected.float().cpu(), rtol=1e-3, atol=1e-3 * size)
+
+
+def said(lm: LanguageModel, update: Update | None = None) -> Tensor:
+    """Logits where the target is predicted."""
+    target = TARGET if lm.kind != "classifier" else str(lm.model.config.id2label[0])
+    with torch.no_grad(), overlay(lm.model, update):
+        return target_logits(lm, collate(lm, [tokenize(lm, PROMPT, target)]))
+
+
+@pytest.mark.parametrize(("name", "family"), LEARNED)
+def test_an_edit_is_the_same_on_the_card(name: str, family: str, tmp_path: Path):
+    here, there = twins(name, family, tmp_path)
+    assert there.lm.fingerprint() == here.lm.fingerprint()
+    wanted = requests(here)
+    mine, theirs = (editor.propose(wanted).update for editor in (here, there))
+    for layer, change in mine.items():
+        found = theirs[layer]
+        assert found.A.device.type == "cuda"
+        near(found.scale * found.B.mT @ found.A, change.scale * change.B.mT @ change.A)
+    near(said(there.lm, theirs), said(here.lm, mine))
+    assert not torch.equal(said(there.lm, theirs), said(there.lm))
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_undo_is_exact_and_the_weights_are_never_written(name: str, family: str):
+    editor = MAKERS[name](on_card(family))
+    lm, bench = editor.lm, Workbench(editor.lm, editor)
+    base, weights = said(lm), lm.checksum()
+    bench.edit_many(requests(editor))
+    edited = said(lm, bench.update)
+    assert not torch.equal(edited, base)
+    bench.undo()
+    assert torch.equal(said(lm, bench.update), base)
+    bench.redo()
+    assert torch.equal(said(lm, bench.update), edited)
+    assert lm.checksum() == weights
+
+
+@pytest.mark.parametrize(("name", "family"), LEARNED)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_training_step_is_the_same_on_the_card(
+    name: str, family: str, at_once: int, tmp_path: Path
+):
+    config = TrainingConfig(batch=4, at_once=at_once, hardest=1, chunk=2)
+    losses, slopes = [], []
+    for editor in twins(name, family, tmp_path):
+        assert isinstance(editor, TrainableEditor)
+        lm, wanted = editor.lm, 2 * requests(editor)
+        other = [tokenize(lm, text, wanted[0].target) for text in ("The moon", "A river is")]
+        texts = [tokenize(lm, request.prompt, request.target) for request in wanted]
+        edits = [EditTexts(text, (text, other[0]), (*other, texts[0]), 2) for text in texts]
+        found = MetaStep(editor.train(), config, cached=False).losses(edits, at_once=at_once)
+        losses.append(torch.tensor(astuple(found)))
+        slopes.append({n: p.grad for n, p in editor.named_parameters() if p.grad is not None})
+    near(losses[1], losses[0])
+    assert set(slopes[0]) == set(slopes[1]) != set()
+    for parameter, slope in slopes[0].items():
+        near(slopes[1][parameter], slope)
+
+
+def test_training_resumes_on_the_card(tmp_path: Path):
+    near_by = Statement(prompt="The sea is", answer="q")
+    examples = [
+        EditExample(prompt=f"The {word} is", target="xy", neighbors=(near_by,))
+        for word in ("moon", "sun", "cat", "hill")
+    ]
+
+    def trained(folder: str, *steps: int) -> TrainableEditor:
+        for count in steps:
+            torch.manual_seed(0)
+            editor = MAKERS["mend"](on_card("llama"))
+            assert isinstance(editor, TrainableEditor)
+            config = TrainingConfig(steps=count, batch=2, lr=1e-3, cache_gb=0.0, texts=0)
+            trainer = Trainer(editor, examples, (), config, tmp_path / folder)
+            trainer.run(resume=True, bar=False)
+        return editor
+
+    whole, parted = trained("whole", 4), trained("parted", 2, 4)
+    start = MAKERS["mend"](on_card("llama"))
+    assert isinstance(start, TrainableEditor)
+    for name, weight in whole.named_parameters():
+        near(parted.get_parameter(name), weight)
+    assert any(
+        not torch.equal(start.get_parameter(name), weight)
+        for name, weight in whole.named_parameters()
+    )
+
+
+def test_evaluation_is_the_same_on_the_card(tmp_path: Path):
+    near_by = Statement(prompt="The sea at Ulm is", answer="q")
+    examples = [
+        EditExample(prompt=prompt, target="xy", paraphrases=("It is",), neighbors=(near_by,))
+        for prompt in ("Who is Abba", "The moon")
+    ]
+    here, there = (evaluate(editor, examples) for editor in twins("mend", "llama", tmp_path))
+    for mine, theirs in zip(here.edits, there.edits, strict=True):
+        assert theirs.paraphrase_success == mine.paraphrase_success
+        assert theirs.neighborhood_kept == mine.neighborhood_kept
+        near(torch.tensor(theirs.kl_neighborhood), torch.tensor(mine.kl_neighborhood))
+
+
+def test_the_default_model_is_edited_and_left_as_it_was(bench: Workbench, tmp_path: Path):
+    lm = bench.lm
+    assert (lm.device.type, lm.dtype) == ("cuda", torch.bfloat16)
+    base, weights = said(lm), lm.checksum()
+    made = bench.edit(PROMPT, TARGET)
+    assert said(lm, bench.update).float().softmax(-1)[0].max() > 0.5
+    assert bench.generate(PROMPT, max_new_tokens=1)[0].strip() == TARGET
+    saved = bench.save(tmp_path / "session")
+    again = Workbench.load(saved)
+    assert again.lm.device.type == "cuda"
+    assert torch.equal(said(again.lm, again.update), said(lm, bench.update))
+    assert made.update.is_finite()
+    bench.undo()
+    assert torch.equal(said(lm, bench.update), base)
+    assert lm.checksum() == weights
+
+
+def test_edits_and_undos_leave_no_memory_behind(bench: Workbench):
+    def cycle() -> int:
+        for _ in range(3):
+            bench.edit(PROMPT, TARGET)
+            bench.generate(PROMPT, max_new_tokens=4)
+        bench.reset()
+        bench.fork()
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    first, second, third = cycle(), cycle(), cycle()
+    assert third - second <= max(0, second - first)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_quantised_model_is_edited_and_left_as_it_was(quantize: Quantization):
+    pytest.importorskip("bitsandbytes", reason="install the extra 'quant' to run this")
+    bench = Workbench.open(device="cuda", quantize=quantize, progress=False)
+    lm = bench.lm
+    base, weights = said(lm), lm.checksum()
+    bench.edit(PROMPT, TARGET)
+    assert bench.generate(PROMPT, max_new_tokens=1)[0].strip() == TARGET
+    bench.undo()
+    assert torch.equal(said(lm, bench.update), base)
+    assert lm.checksum() == weights
+
+
+def test_a_model_split_over_card_and_processor_is_edited(tmp_path: Path):
+    whole = on_card("llama")
+    whole.model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    parts = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0}
+    parts |= {name: "cpu" for name in ("model.layers.2", "model.layers.3", "model.norm", "lm_head")}
+    parts["model.rotary_emb"] = 0
+    split = open_model(tmp_path / "model", device_map=parts, dtype="float32", progress=False)
+    here = MAKERS["mend"](whole)
+    assert isinstance(here, TrainableEditor)
+    there = load_editor(save_editor(here, tmp_path / "editor", {}), split)
+    updates = [editor.propose(requests(editor)).update for editor in (here, there)]
+    near(said(split, updates[1]), said(whole, updates[0]))
