@@ -225,5 +225,9 @@ def test_editors_are_averaged_by_share(
         torch.testing.assert_close(
             weight, 0.75 * one[name] + 0.25 * two[name], rtol=1e-3, atol=1e-3
         )
+    again = ["--editor", str(tmp_path / "mixed"), "--average", str(tmp_path / "one")]
+    assert main(["pack", "--model", tiny_model, *again, "--out", str(tmp_path / "both")]) == 0
+    said = "0.25 of the weights come from two, then 0.5 of the weights come from one"
+    assert load_editor(tmp_path / "both", lm).card["averaged"] == said
     assert main([*mix, "--share", "2", "--out", str(tmp_path / "no")]) == 2
     assert "got 2.0" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from workbench.__main__ import _parser
 from workbench.editors import SHIPPED, editor_names
 from workbench.errors import WorkbenchError
-from workbench.recipes.tables import RECIPES, TRAINED, Runner, expand, measurements
+from workbench.recipes.tables import RECIPES, TRAINED, Runner, measurements, training
 
 SHIPPED_RECIPES: dict[str, Any] = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
 PARTS = [part for table in SHIPPED_RECIPES["tables"] for part in table["parts"]]
@@ -22,9 +22,9 @@ PARTS = [part for table in SHIPPED_RECIPES["tables"] for part in table["parts"]]
 
 @pytest.mark.parametrize("name", SHIPPED_RECIPES["editors"])
 def test_each_training_is_a_command(name: str) -> None:
-    command = expand(SHIPPED_RECIPES, name).format(data="DATA", work="WORK")
-    options = _parser().parse_args(["train", *shlex.split(command), "--out", "DIR"])
-    assert options.editor in editor_names()
+    command = training(SHIPPED_RECIPES, name).format(data="DATA", work="WORK")
+    options = _parser().parse_args([*shlex.split(command), "--out", "DIR"])
+    assert options.command == "pack" or options.editor in editor_names()
 
 
 @pytest.mark.parametrize("part", PARTS, ids=[part["title"] for part in PARTS])
@@ -47,9 +47,13 @@ def test_each_measurement_is_a_command_with_a_file_of_its_own(part: dict[str, An
 @pytest.fixture
 def recipes(tiny_model: str) -> dict[str, Any]:
     model = f"--model {tiny_model} --data facts"
-    training = "--steps 2 --batch 2 --rank 2 --blocks -1 --validation 2 --limit 4"
+    steps = "--steps 2 --batch 2 --validation 2 --limit 4 --health-after 0"
     return {
-        "editors": {"small": f"{model} {training} --health-after 0"},
+        "editors": {
+            "small": f"{model} {steps} --rank 2 --blocks -1",
+            "mixed": f"pack --model {tiny_model} --editor {{work}}/longer --average {{work}}/small",
+            "longer": f"{model} {steps} --start {{work}}/small --seed 1",
+        },
         "tables": [
             {
                 "name": "small",
@@ -97,3 +101,20 @@ def test_a_table_goes_on_where_it_was(
     assert ran.count("train") == 1
     again = json.loads((tmp_path / "out/small.json").read_text())["rows"]
     assert [old == new for old, new in zip(found, again, strict=True)] == [True, True, False, False]
+
+
+def test_an_editor_is_made_after_what_it_is_made_of(
+    recipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, ran = Runner(recipes, tmp_path, tmp_path / "out", tmp_path / "work", None), []
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda command: (ran.append(command), run(command)))
+    folder = Path(runner.editor("@mixed"))
+    assert [(c.split()[0], Path(c.split()[-1]).name) for c in ran] == [
+        ("train", "small"),
+        ("train", "longer"),
+        ("pack", "mixed"),
+    ]
+    assert (folder / "editor.safetensors").exists()
+    assert Path(runner.editor("@mixed")) == folder
+    assert len(ran) == 3

@@ -230,7 +230,8 @@ def pack(options: argparse.Namespace) -> None:
     card = dict(editor.card)
     if options.average:
         _average(editor, load_editor(options.average, lm), options.share)
-        card["averaged"] = f"{options.share:g} of the weights come from {options.average.name}"
+        mixed = f"{options.share:g} of the weights come from {options.average.name}"
+        card["averaged"] = ", then ".join(filter(None, (card.get("averaged"), mixed)))
     given = {name: getattr(options, name) for name in ("rounds", "later_strength", "confidence")}
     if more := {name: value for name, value in given.items() if value is not None}:
         if not isinstance(editor, Mend):

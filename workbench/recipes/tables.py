@@ -81,6 +81,12 @@ def expand(recipes: Mapping[str, Any], name: str) -> str:
     return recipes["editors"][name].format(**known)
 
 
+def training(recipes: Mapping[str, Any], name: str) -> str:
+    """The command that makes an editor: `train`, or `pack` where it is an average of others."""
+    arguments = expand(recipes, name)
+    return arguments if arguments.startswith("pack ") else f"train --resume {arguments}"
+
+
 class Runner:
     """Runs the commands that are missing.
 
@@ -119,10 +125,10 @@ class Runner:
         folder = self.work / name
         arguments, marker = expand(self.recipes, name), folder / "finished"
         if not marker.exists():
-            for other in self.recipes["editors"]:  # that it is trained on from
-                if f"--start {{work}}/{other} " in arguments:
+            for other in self.recipes["editors"]:  # that it is trained on from, or made of
+                if f" {{work}}/{other} " in f" {arguments} ":
                     self.editor(TRAINED + other)
-            self.run(f"train {arguments} --out {folder} --resume")
+            self.run(f"{training(self.recipes, name)} --out {folder}")
             write_text(marker, arguments + "\n")
         elif marker.read_text().strip() != arguments:
             raise WorkbenchError(
@@ -196,6 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
     parser.add_argument("--work", type=Path, default=Path("work/tables"))
     parser.add_argument("--only", metavar="TABLE", help="one table, by name")
+    parser.add_argument("--editor", help="train this editor of the recipes, and no more")
     parser.add_argument("--limit", type=int, help="fewer examples, for a try (give --out too)")
     options = parser.parse_args()
     recipes = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
@@ -205,6 +212,13 @@ def main() -> None:
     if not options.data_folder.is_dir():
         parser.error(f"no folder {options.data_folder}; give --data-folder")
     runner = Runner(recipes, options.data_folder, options.out, options.work, options.limit)
+    if options.editor:
+        if options.editor not in recipes["editors"]:
+            parser.error(
+                f"there is no editor {options.editor!r}; editors: {', '.join(recipes['editors'])}"
+            )
+        print(runner.editor(TRAINED + options.editor))
+        return
     for table in recipes["tables"]:
         if options.only in (None, table["name"]):
             runner.table(table)
