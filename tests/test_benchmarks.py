@@ -39,7 +39,8 @@ def setting() -> Setting:
 @pytest.fixture(scope="module")
 def results(setting: Setting) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "_IMPORTS", {"libraries": "import json", "workbench": "import ast"})
+        patch.setattr(opening, "_IMPORTS", {"torch": "import json", "workbench": "import ast"})
+        patch.setattr(opening, "_LIBRARIES", "import decimal")
         patch.setattr(opening, "_OPEN", "bench = ast.parse('1')")
         found = {name: benchmark(setting, 1) for name, (benchmark, _) in BENCHMARKS.items()}
     found["peaks"] = {"edit.edit": peak(setting.device, MAKERS["edit"](setting)["edit"]())}

@@ -46,7 +46,10 @@ LAYERS = (
     ("recipes",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-HEAVY = ("anywidget", "bitsandbytes", "datasets", "gradio", "ipywidgets", "peft", "plotly")
+HEAVY = (
+    *("accelerate", "anywidget", "bitsandbytes", "datasets", "gradio", "ipywidgets", "networkx"),
+    *("peft", "plotly", "transformers"),
+)
 UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
@@ -131,10 +134,16 @@ def test_editors_do_not_import_one_another():
         assert own_imports(path, parsed(path)) & editors <= common, name
 
 
-def test_import_workbench_loads_nothing_heavy():
-    code = f"import sys, workbench; print([m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+@pytest.mark.parametrize(
+    "arguments", [("-c", "import workbench"), ("-m", "workbench", "train", "--help")], ids=" ".join
+)
+def test_nothing_heavy_is_loaded_before_a_model_is_opened(arguments: tuple[str, ...]):
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"torch", "workbench"} <= loaded
+    assert loaded.isdisjoint(HEAVY)
 
 
 def test_ruff_bans_the_same_heavy_modules():

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from workbench.cancel import checkpoint
 from workbench.encoding import (
@@ -30,18 +29,6 @@ from workbench.updates import Update
 from workbench.views import target_logits
 
 _CHUNK = 16  # prompts in one pass
-
-
-class _EachToken(StoppingCriteria):
-    """Stops nothing by itself: a place to cancel, and to look at the tokens so far."""
-
-    def __init__(self, look: Callable[[Tensor], object]) -> None:
-        self.look = look
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        checkpoint()
-        self.look(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def generate_texts(
@@ -81,14 +68,20 @@ def generate_texts(
     def texts(tokens: Tensor) -> list[str]:
         return tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
 
-    each = _EachToken(lambda tokens: watch and watch(texts(tokens)))
-    stops = [*options.pop("stopping_criteria", ()), each]
+    def each_token(input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """A stopping criterion that stops nothing: a place to cancel, and to look at the tokens."""
+        checkpoint()
+        if watch:
+            watch(texts(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    stops = [*options.pop("stopping_criteria", ()), each_token]
     with torch.no_grad():
         output = cast(Any, lm.model).generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            stopping_criteria=StoppingCriteriaList(stops),
+            stopping_criteria=stops,
             **(settings | options),
         )
     return texts(output)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from networkx.utils import UnionFind
-
 from workbench.data import EditExample
 
 GAP = "{}"  # where a wording's subject goes
@@ -25,6 +23,8 @@ class Crossing:
     """
 
     def __init__(self, examples: Sequence[EditExample]) -> None:
+        from networkx.utils import UnionFind
+
         self._alike = UnionFind()
         for example in examples:
             if not example.relation and _wording(example, example.prompt):

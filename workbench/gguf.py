@@ -16,9 +16,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from workbench.errors import ModelError
 
@@ -126,17 +124,19 @@ def _unpacked_name(path: Path, name: str, dtype: torch.dtype) -> str:
 def _write_unpacked(
     path: Path, folder: Path, name: str, dtype: torch.dtype, progress: bool
 ) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     label = f"Unpacking {name}, this first time only"
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     bar = tqdm(total=3, desc=label, disable=not progress)
     # The GGUF reader draws a bar of its own, on standard error, that no setting turns off.
     with bar, quiet_loading(bars=False), redirect_stderr(StringIO()):
-        dense = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        dense = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, quantization_config=dense
         )
         bar.update()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
         bar.update()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -157,19 +157,21 @@ def file_key(path: Path, samples: int = 64, length: int = 65536) -> str:
 @contextmanager
 def quiet_loading(bars: bool) -> Iterator[None]:
     """Hold back the loader's messages, and its progress bars unless wanted."""
-    verbosity = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    from transformers.utils import logging as messages
+
+    verbosity = messages.get_verbosity()
+    had_bars = messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
     if not bars:
-        transformers_logging.disable_progress_bar()
+        messages.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of libraries, among themselves
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        messages.set_verbosity(verbosity)
         if had_bars:
-            transformers_logging.enable_progress_bar()
+            messages.enable_progress_bar()
 
 
 def _preferred_cache() -> Path:

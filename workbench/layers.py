@@ -11,7 +11,6 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import ModelError
 
@@ -200,18 +199,24 @@ def _block_layers(stack: Stack, block: int) -> Iterator[EditableLayer]:
             continue
         kind = "attention" if name.startswith(attention) else "mlp"
         path = f"{stack.path}.{block}.{name}"
-        transposed = isinstance(module, Conv1D)
-        yield EditableLayer(path, module, stack.name, block, kind, *shape, transposed)
+        yield EditableLayer(path, module, stack.name, block, kind, *shape, is_conv1d(module))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear leaf, None for any other module."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
+    inputs, outputs = (getattr(module, name, None) for name in names)
     if isinstance(inputs, int) and isinstance(outputs, int) and not any(module.children()):
         return inputs, outputs
     return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer that stores its weight as (in, out).
+
+    Known by its attributes: its class takes seconds to import, wherever it is not in use.
+    """
+    return hasattr(module, "nx") and hasattr(module, "nf")
 
 
 def _holds_blocks(modules: nn.ModuleList) -> bool:

@@ -12,18 +12,16 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import ModelError
 from workbench.gguf import quiet_loading, unpacked_gguf
+from workbench.layers import is_conv1d
 from workbench.models import (
-    AUTO_CLASS,
     Quantization,
+    auto_class,
     default_dtype,
     device_named,
     dtype_named,
-    kind_of_config,
     locate,
     readable_errors,
 )
@@ -174,16 +172,18 @@ def _shape(
     name: str, location: Path, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[_Shape, torch.dtype]:
     """Counts from a model without memory, and the dtype its weights would have."""
+    from transformers import AutoConfig
+
     with quiet_loading(bars=False), readable_errors(name, location):
         path = str(location) if location.is_dir() else name
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AUTO_CLASS[kind_of_config(config)].from_config(config, trust_remote_code=False)
+            model = auto_class(config)[1].from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
     linear = sum(
         module.weight.numel()
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not output
     )
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1

@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.errors import ModelError
 from workbench.gguf import DEFAULT_MODEL as DEFAULT_MODEL
@@ -26,13 +24,16 @@ from workbench.gguf import default_gguf, quiet_loading, unpack_gguf
 from workbench.layers import Blocks, EditableLayer, Matrices, Stack, find_layers, find_stacks
 from workbench.shipped import NAMES, complete, small_model
 
+if TYPE_CHECKING:  # its import takes longer than torch's, and waits until a model is opened
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 Kind = Literal["causal", "seq2seq", "classifier"]
 Quantization = Literal["8bit", "4bit"]
 
-AUTO_CLASS = {
-    "causal": transformers.AutoModelForCausalLM,
-    "seq2seq": transformers.AutoModelForSeq2SeqLM,
-    "classifier": transformers.AutoModelForSequenceClassification,
+_AUTO_CLASS: dict[Kind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classifier": "AutoModelForSequenceClassification",
 }
 _IDENTITY = ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_act")
 _WRONG_KIND = (
@@ -167,6 +168,8 @@ def open_model(
     Raises:
         ModelError: the source cannot be found or read, or is no kind of model handled here.
     """
+    from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+
     device = device_named(device)
     dtype = dtype_named(dtype)
     if quantize not in (None, "8bit", "4bit"):
@@ -181,14 +184,14 @@ def open_model(
     with quiet_loading(progress and not local), readable_errors(name, location):
         path = str(location) if local else name
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = kind_of_config(config)
+        kind, automatic = auto_class(config)
         dtype = dtype or default_dtype(device, config)
-        quantization = transformers.BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_8bit=quantize == "8bit",
             load_in_4bit=quantize == "4bit",
             bnb_4bit_compute_dtype=dtype,
         )
-        model, info = AUTO_CLASS[kind].from_pretrained(
+        model, info = automatic.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -225,9 +228,7 @@ def locate(source: str | os.PathLike[str] | None) -> tuple[str, Path]:
     return name, location
 
 
-def default_dtype(
-    device: torch.device, config: transformers.PretrainedConfig | None = None
-) -> torch.dtype:
+def default_dtype(device: torch.device, config: PretrainedConfig | None = None) -> torch.dtype:
     """The dtype that weights are opened in where none is asked for; see `open_model`."""
     if device.type == "cpu":
         return torch.float32
@@ -301,6 +302,8 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _kind_of_model(model: nn.Module) -> Kind:
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"A transformers model is needed, not {type(model).__name__}. Merge a PEFT model "
@@ -313,15 +316,22 @@ def _kind_of_model(model: nn.Module) -> Kind:
     raise ModelError(_WRONG_KIND.format(type(model).__name__))
 
 
-def kind_of_config(config: transformers.PretrainedConfig) -> Kind:
-    """What kind of model a configuration describes."""
+def auto_class(config: PretrainedConfig) -> tuple[Kind, Any]:
+    """What kind of model a configuration describes, and the class of transformers that opens it.
+
+    Raises:
+        ModelError: it is no kind of model handled here.
+    """
+    import transformers
+
     architecture = (config.architectures or [""])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        return "classifier"
     saved = getattr(transformers, architecture, None)
-    if saved is None or architecture.endswith("Model") or saved.can_generate():
-        return "seq2seq" if config.is_encoder_decoder else "causal"
-    raise ModelError(_WRONG_KIND.format(architecture))
+    kind: Kind = "seq2seq" if config.is_encoder_decoder else "causal"
+    if architecture.endswith("ForSequenceClassification"):
+        kind = "classifier"
+    elif not (saved is None or architecture.endswith("Model") or saved.can_generate()):
+        raise ModelError(_WRONG_KIND.format(architecture))
+    return kind, getattr(transformers, _AUTO_CLASS[kind])
 
 
 @contextmanager

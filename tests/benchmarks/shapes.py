@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from workbench import LanguageModel
 from workbench.data import EditExample
-from workbench.models import AUTO_CLASS, kind_of_config
+from workbench.models import auto_class
 
 PRECISIONS = ("bf16", "4bit", "float32")
 _TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -106,7 +106,7 @@ def outline(config: hf.PretrainedConfig, precision: str) -> hf.PreTrainedModel:
     """A model without weights, its linear layers of the class that the precision takes."""
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     with init_empty_weights(include_buffers=False):
-        automatic: Any = AUTO_CLASS[kind_of_config(config)]
+        _, automatic = auto_class(config)
         model = automatic.from_config(config, dtype=dtype)
     if precision == "4bit":
         settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
