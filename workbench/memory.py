@@ -146,7 +146,9 @@ def estimate_memory(
         device=str(device),
         precision=quantize or str(dtype).removeprefix("torch."),
         parameters=shape.parameters,
-        weights=int(shape.linear * each) + (shape.parameters - shape.linear) * dtype.itemsize,
+        weights=int(shape.linear * each)
+        + (shape.parameters - shape.linear - shape.single) * dtype.itemsize
+        + shape.single * torch.float32.itemsize,
         # Keys and values, the next token's logits in float32 (three at a time), one matrix dense.
         working=_ROWS * (_TOKENS * shape.cache * dtype.itemsize + 3 * 4 * shape.vocabulary)
         + 4 * shape.largest,
@@ -158,11 +160,12 @@ def estimate_memory(
 
 @dataclass(frozen=True)
 class _Shape:
-    """Counts of a model's numbers: all weights, those that bitsandbytes quantises, the largest
-    matrix's, keys and values of one token, and the vocabulary."""
+    """Counts of a model's numbers: all weights, those that bitsandbytes quantises, those that stay
+    in float32 in any case, the largest matrix's, keys and values of one token, the vocabulary."""
 
     parameters: int
     linear: int
+    single: int
     largest: int
     cache: int
     vocabulary: int
@@ -177,22 +180,41 @@ def _shape(
     with quiet_loading(bars=False), readable_errors(name, location):
         path = str(location) if location.is_dir() else name
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        dtype = dtype or default_dtype(device, config)
         with torch.device("meta"):
             model = auto_class(config)[1].from_config(config, trust_remote_code=False)
-    output = model.get_output_embeddings()
-    linear = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not output
-    )
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     shared = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     counts = [parameter.numel() for parameter in model.parameters()]
     cache = 2 * text.num_hidden_layers * shared * width
-    shape = _Shape(sum(counts), linear, max(counts), cache, text.vocab_size)
-    return shape, dtype or default_dtype(device, config)
+    linear, single = _quantised(model), _in_float32(model, dtype)
+    return _Shape(sum(counts), linear, single, max(counts), cache, text.vocab_size), dtype
+
+
+def _quantised(model: Any) -> int:
+    """Number of weights that bitsandbytes would quantise: T5's `wo`, for one, it leaves."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or is_conv1d(module)) and should_convert_module(name, left)
+    )
+
+
+def _in_float32(model: Any, dtype: torch.dtype) -> int:
+    """Number of weights that transformers holds in float32 where all others have this dtype."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)  # by patterns of names
+    if not plan:
+        return 0
+    kept, *_ = build_glob_alternation(list(plan))
+    return sum(p.numel() for name, p in model.named_parameters() if kept.search(name))
 
 
 def _gguf_shape(file: Path) -> _Shape:
@@ -222,7 +244,7 @@ def _gguf_shape(file: Path) -> _Shape:
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1
     )
     vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
-    return _Shape(sum(counts.values()), linear, max(counts.values()), cache, vocabulary)
+    return _Shape(sum(counts.values()), linear, 0, max(counts.values()), cache, vocabulary)
 
 
 def free_on(device: torch.device) -> int:
