@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from workbench.adapters import export_peft, import_peft
-from workbench.errors import EditError
+from workbench.errors import EditError, FileError
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import LayerUpdate, Update
@@ -223,7 +223,7 @@ def test_an_export_cut_short_leaves_no_adapter(llama: LanguageModel, tmp_path: P
     export_peft(random_update(llama), llama, tmp_path)
     (tmp_path / "README.md").unlink()
     (tmp_path / "README.md").mkdir()
-    with pytest.raises(OSError, match=r"README\.md"):
+    with pytest.raises(FileError, match=r"README\.md"):
         export_peft(random_update(llama, scale=2.0), llama, tmp_path)
     with pytest.raises(EditError, match=f"There is no file .*{CONFIG}"):
         import_peft(tmp_path, llama)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.errors import DataError, EditorError
+from workbench.errors import DataError, EditorError, FileError
 from workbench.files import (
     flat_optimizer,
     read_tensors,
@@ -61,7 +61,7 @@ def fail_to_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, attempt):
     path = tmp_path / "file"
     path.write_bytes(OLD)
-    with pytest.raises((OSError, KeyboardInterrupt)):
+    with pytest.raises((FileError, KeyboardInterrupt)):
         attempt(path, monkeypatch)
     assert path.read_bytes() == OLD
     assert os.listdir(tmp_path) == ["file"]
@@ -70,7 +70,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_a_failed_rename_leaves_what_stands_there(tmp_path):
     folder = tmp_path / "file"
     write_bytes(folder / "kept", OLD)
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(FileError, match="directory"):
         write_bytes(folder, NEW)
     assert (folder / "kept").read_bytes() == OLD
     assert os.listdir(tmp_path) == ["file"]

@@ -8,7 +8,9 @@ from workbench.errors import (
     EditError,
     EditorError,
     FigureError,
+    FileError,
     ModelError,
+    OutOfMemory,
     WorkbenchError,
 )
 from workbench.memory import MemoryEstimate, estimate_memory
@@ -33,6 +35,7 @@ __all__ = [
     "EditTrace",
     "EditorError",
     "FigureError",
+    "FileError",
     "FineTune",
     "FineTuneConfig",
     "LanguageModel",
@@ -42,6 +45,7 @@ __all__ = [
     "Mend",
     "MendConfig",
     "ModelError",
+    "OutOfMemory",
     "Overlap",
     "Probe",
     "ProbeReport",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import EditError
-from workbench.files import read_tensors, write_tensors, write_text
+from workbench.files import read_tensors, write_tensors, write_text, writing
 from workbench.layers import DENSE, EditableLayer
 from workbench.models import LanguageModel
 from workbench.updates import LayerUpdate, Update
@@ -76,6 +79,7 @@ def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str
 
     Raises:
         EditError: The update is batched, gated or empty, or does not fit the model.
+        FileError: The folder cannot be written, or the disk is full.
     """
     folder, layers = Path(folder), _editable(lm)
     if update.gated:
@@ -120,11 +124,21 @@ def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str
         "bias": "none",
         "fan_in_fan_out": any(layers[name].transposed for name in ranks),
     }
-    # Without its config a folder is no adapter: none pairs these weights with an older config.
-    (folder / CONFIG).unlink(missing_ok=True)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_text(folder / "README.md", _card(update, ranks, lm, note))
-    write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        made = Path(mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        write_tensors(made / WEIGHTS, tensors, {"format": "pt"})
+        write_text(made / "README.md", _card(update, ranks, lm, note))
+        write_text(made / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        # Without its config a folder is no adapter: none pairs these weights with an older config.
+        with writing(folder / CONFIG):
+            (folder / CONFIG).unlink(missing_ok=True)
+        for name in (WEIGHTS, "README.md", CONFIG):
+            with writing(folder / name):
+                os.replace(made / name, folder / name)
+    finally:
+        rmtree(made, ignore_errors=True)
     return folder
 
 
@@ -165,7 +179,12 @@ def import_peft(folder: str | Path, lm: LanguageModel) -> Update:
     if not factors:
         raise EditError(f"{folder / WEIGHTS} holds no layers. Save the adapter again.")
     read = {name: _layer(name, pair, config, layers, lm) for name, pair in factors.items()}
-    return Update({name: read[name] for name in layers if name in read})
+    update = Update({name: read[name] for name in layers if name in read})
+    if not update.is_finite():
+        raise EditError(
+            f"{folder / WEIGHTS} holds numbers that are not finite. Train or save it again."
+        )
+    return update
 
 
 def _layer(
@@ -245,7 +264,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise EditError(
             f"{path} is damaged or no JSON file ({error}). Copy or save it again."
         ) from None

@@ -33,11 +33,12 @@ from workbench.editors import (
 from workbench.errors import DataError, EditorError
 from workbench.evaluate import Baselines, EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
-from workbench.files import write_text
+from workbench.files import MALFORMED, write_text
 from workbench.models import LanguageModel, open_model
 from workbench.probes import Probe
 from workbench.results import Comparison
 from workbench.session import Workbench
+from workbench.shortage import memory_errors
 from workbench.training import Trainer, TrainingConfig
 
 
@@ -178,7 +179,7 @@ def evaluate(options: argparse.Namespace) -> None:
             result["editors"][name] = kept[name]
             continue
         start = time.perf_counter()
-        with tqdm(total=len(examples), desc=name, disable=None) as bar:
+        with memory_errors(), tqdm(total=len(examples), desc=name, disable=None) as bar:
             scores = evaluate_editor(
                 editor, examples, config, on_edit=lambda _: bar.update(), baselines=baselines
             )
@@ -199,8 +200,9 @@ def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        before, editors = found["settings"], found["editors"]
-    except (ValueError, KeyError, TypeError) as error:
+        before, editors = dict(found["settings"]), dict(found["editors"])
+        editors = {name: dict(figures) for name, figures in editors.items()}
+    except (OSError, *MALFORMED) as error:
         raise DataError(
             f"{file} holds no results of evaluate ({error!r}): give another --json."
         ) from None
@@ -267,7 +269,7 @@ def _figures(file: Path, editor: str) -> dict[str, Any]:
             "settings": results["settings"],
             "figures": {k: v for k, v in figures.items() if k != "settings"},
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise EditorError(
             f"{file} holds no figures of {editor} ({error!r}): write it with "
             f"python -m workbench evaluate --editors {editor} --json {file} ..."

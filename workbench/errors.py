@@ -45,6 +45,20 @@ class EditError(WorkbenchError):
     """
 
 
+class FileError(WorkbenchError):
+    """A file cannot be written; what stood there before is as it was.
+
+    What to do: make room, or give a folder that can be written.
+    """
+
+
+class OutOfMemory(WorkbenchError):
+    """The device or the machine has no more memory; nothing has been changed.
+
+    What to do: ask for less at once, or hold the model in fewer bytes, as the message says.
+    """
+
+
 class FigureError(WorkbenchError):
     """A figure cannot be written as asked.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,22 +14,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from workbench.errors import WorkbenchError
+from workbench.errors import EditorError, FileError, WorkbenchError
+
+# What reading settings out of JSON raises where that holds others than expected.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file by `data` in one step; a kill at any moment leaves the old one or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file by `data` in one step; a kill at any moment leaves the old one or the new.
+
+    Raises:
+        FileError: The disk is full, or the place cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what the system says of a file that cannot be written as an error with advice.
+
+    Raises:
+        FileError: The disk is full, or the place cannot be written.
+    """
     try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be written: {error.strerror or error}. What stood there before is as "
+            f"it was. Make room, or give a folder that can be written."
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,12 +99,21 @@ def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `flat_optimizer` gave; learning rates stay the optimiser's own."""
+    """Put back what `flat_optimizer` gave; learning rates stay the optimiser's own.
+
+    Raises:
+        EditorError: That belongs to other parameters, or is damaged.
+    """
     whole = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
-        prefix, _, rest = name.partition(".")
-        if prefix == "optimizer":
-            index, key = rest.split(".")
-            state.setdefault(int(index), {})[key] = tensor
+        if match := re.fullmatch(r"optimizer\.(\d{1,9})\.(\w+)", name):
+            index, key = int(match[1]), match[2]
+            if index >= len(parameters) or tensor.shape not in ((), parameters[index].shape):
+                raise EditorError(
+                    f"The optimiser's state {name} of shape {tuple(tensor.shape)} is of other "
+                    f"parameters than those being trained. Give another folder."
+                )
+            state.setdefault(index, {})[key] = tensor
     optimizer.load_state_dict({**whole, "state": state})

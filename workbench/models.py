@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from workbench.errors import ModelError
@@ -23,6 +22,7 @@ from workbench.gguf import cache_folder as cache_folder
 from workbench.gguf import default_gguf, quiet_loading, unpack_gguf
 from workbench.layers import Blocks, EditableLayer, Matrices, Stack, find_layers, find_stacks
 from workbench.shipped import NAMES, complete, small_model
+from workbench.shortage import LESS, is_shortage
 
 if TYPE_CHECKING:  # its import takes longer than torch's, and waits until a model is opened
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -341,7 +341,13 @@ def readable_errors(name: str, location: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ModelError(f"Cannot open {name!r}: {str(error).strip()}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # of damaged files, anything
+        if is_shortage(error):
+            raise ModelError(
+                f"There is not enough memory to open {name!r} ({error}). {LESS}"
+            ) from None
         reason = str(error).strip().split("\n")[0].rstrip(".")
         if location.is_dir():
             pickles = [p.name for p in location.iterdir() if p.suffix in (".bin", ".pt", ".pth")]

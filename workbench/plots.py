@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.basedatatypes import BaseFigure
 
 from workbench.errors import EditError, FigureError
+from workbench.files import write_bytes, write_text
 from workbench.results import Comparison, EditTrace, LayerTrace, Overlap, PromptComparison
 from workbench.style import KIND_COLORS, MATRIX_COLORS, TEMPLATE, cut, plain, styled, wrapped
 
@@ -221,11 +222,12 @@ def save(figure: BaseFigure, path: str | Path, *, scale: float = 2.0) -> Path:
 
     Raises:
         FigureError: The ending is another, or pictures cannot be drawn here.
+        FileError: The file cannot be written.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".html":
-        figure.write_html(path, include_plotlyjs=True)
+        write_text(path, figure.to_html(include_plotlyjs=True))
         return path
     if kind not in _PICTURES:
         raise FigureError(
@@ -247,7 +249,7 @@ def save(figure: BaseFigure, path: str | Path, *, scale: float = 2.0) -> Path:
             f"{path.name} cannot be drawn: {error!r}. It takes Chrome or Chromium, on the PATH or "
             f"named in $BROWSER_PATH; or write .html."
         ) from error
-    path.write_bytes(drawn)
+    write_bytes(path, drawn)
     return path
 
 

@@ -23,6 +23,7 @@ from workbench.probing import probe_requests
 from workbench.report import ProbeReport
 from workbench.results import Comparison, EditTrace, HistoryEntry, Overlap, overlap_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
+from workbench.shortage import memory_errors
 from workbench.updates import Update
 
 
@@ -100,6 +101,7 @@ class Workbench:
         """
         return self.edit_many([(prompt, target)])
 
+    @memory_errors()
     def edit_many(
         self,
         requests: Sequence[tuple[str, str] | EditRequest],
@@ -115,6 +117,7 @@ class Workbench:
 
         Raises:
             EditError: A request cannot be carried out; nothing has changed.
+            OutOfMemory: It takes more memory than there is; nothing has changed.
         """
         try:
             asked = tuple(r if isinstance(r, EditRequest) else EditRequest(*r) for r in requests)
@@ -257,6 +260,7 @@ class Workbench:
         """How far the live edits write in each other's direction, whether on or off."""
         return overlap_of({f"{edit.id} · {edit.title}": edit.update for edit in self.edits})
 
+    @memory_errors()
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -280,6 +284,7 @@ class Workbench:
         with overlay(self.lm.model, self.update if edited else None):
             return generate_texts(self.lm, texts, max_new_tokens, **options)
 
+    @memory_errors()
     def compare(
         self,
         prompts: str | Sequence[str | Probe],
@@ -307,6 +312,7 @@ class Workbench:
         """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones."""
         return suggest(prompt, target)
 
+    @memory_errors()
     def probe(
         self,
         edits: Edit | int | Sequence[Edit | int],

@@ -18,12 +18,15 @@ from workbench.data import EditExample
 from workbench.editors.base import TrainableEditor, save_editor
 from workbench.errors import EditorError
 from workbench.files import (
+    MALFORMED,
     flat_optimizer,
     read_tensors,
     restore_optimizer,
     write_tensors,
     write_text,
+    writing,
 )
+from workbench.shortage import memory_errors
 from workbench.training.config import TrainingConfig
 from workbench.training.sampling import TextSampler
 from workbench.training.step import MetaStep, StepLosses
@@ -118,9 +121,19 @@ class Trainer:
             )
         self._trim_log()
         self.editor.train()
-        with tqdm(
-            total=self.config.steps, initial=self.progress.step, disable=not bar, desc="training"
-        ) as shown:
+        advice = (
+            f"Give a smaller batch ({self.config.batch}) or chunk, or shorter texts; the last "
+            f"checkpoint is in {self.folder}."
+        )
+        with (
+            memory_errors(advice),
+            tqdm(
+                total=self.config.steps,
+                initial=self.progress.step,
+                disable=not bar,
+                desc="training",
+            ) as shown,
+        ):
             while self.progress.step < self.config.steps:
                 losses = self._step()
                 shown.update()
@@ -248,16 +261,17 @@ class Trainer:
         save_editor(self.editor, self.folder, card)
 
     def _log(self, record: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("a") as file:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder / LOG), (self.folder / LOG).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def _trim_log(self) -> None:
         """Drop what a killed run wrote after its last checkpoint: those steps come again."""
         log = self.folder / LOG
         if log.exists():
-            lines = log.read_text().rpartition("\n")[0].splitlines()
-            kept = (line for line in lines if json.loads(line)["step"] <= self.progress.step)
+            lines = log.read_text("utf-8", "replace").rpartition("\n")[0].splitlines()
+            kept = (line for line in lines if 0 < _step_of(line) <= self.progress.step)
             write_text(log, "".join(f"{line}\n" for line in kept))
 
     def _save(self) -> None:
@@ -278,9 +292,15 @@ class Trainer:
         tensors, metadata = read_tensors(self.folder / CHECKPOINT, EditorError)
         try:
             about = json.loads(metadata["about"])
-            settings, training, first = about["settings"], about["training"], about["first"]
+            settings, training = about["settings"], dict(about["training"])
+            first = [float(loss) for loss in about["first"]]
             progress = Progress(**about["progress"])
-        except (KeyError, TypeError, ValueError) as error:
+            if not all(
+                isinstance(getattr(progress, name), type(value))
+                for name, value in vars(Progress()).items()
+            ):
+                raise ValueError(f"progress {progress}")
+        except MALFORMED as error:
             raise EditorError(
                 f"{self.folder}/{CHECKPOINT} is no training run that this version can resume "
                 f"({error!r}). Give another folder."
@@ -314,3 +334,11 @@ class Trainer:
         # A checkpoint does not hold the latest losses: health waits until there are enough again.
         if progress.step < self._health_at:
             self._health_at = max(self._health_at, progress.step + self._window)
+
+
+def _step_of(line: str) -> int:
+    """The step that a line of the log is about; 0 for one that a crash has garbled."""
+    try:
+        return int(json.loads(line)["step"])
+    except MALFORMED:
+        return 0
