@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import struct
 import tempfile
+from contextlib import suppress
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, batch_for, language_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import workbench.gguf as unpacking
 from workbench.errors import ModelError
+from workbench.memory import estimate_memory
 from workbench.models import DEFAULT_MODEL, cache_folder, open_model
 
 torch.set_num_threads(1)
@@ -140,6 +145,35 @@ def test_a_broken_gguf_file(tmp_path, cache):
     with pytest.raises(ModelError, match=r"Cannot unpack .*broken.gguf"):
         open_model(path)
     assert list((cache / "models").iterdir()) == []
+
+
+def test_a_file_that_holds_less_than_it_says_is_refused_at_once(tiny_gguf, cache, tmp_path):
+    path, whole = tmp_path / "Damaged.gguf", tiny_gguf.read_bytes()
+    for size in (3, 30, 200, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match=r"Cannot unpack .*Damaged\.gguf"):
+            open_model(path, device="cpu", progress=False)
+        with pytest.raises(ModelError, match="cannot be read as a GGUF file"):
+            estimate_memory(path, device="cpu")
+    count = b"tokenizer.ggml.tokens" + struct.pack("<IIQ", 9, 8, 99)  # an array of 99 texts
+    assert whole.count(count) == 1
+    many = count[:-8] + struct.pack("<Q", 2**60)
+    path.write_bytes(whole.replace(count, many))
+    with pytest.raises(ModelError, match="ends before what it says that it holds"):
+        open_model(path, device="cpu", progress=False)
+    with pytest.raises(ModelError, match="ends before what it says that it holds"):
+        estimate_memory(path, device="cpu")
+    assert list((cache / "models").iterdir()) == []
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_header_is_read_or_refused(tiny_gguf, tmp_path_factory, data):
+    path, whole = tmp_path_factory.getbasetemp() / "Any.gguf", tiny_gguf.read_bytes()
+    start = data.draw(st.integers(0, 4500))
+    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=9)) + whole[start + 9 :])
+    with suppress(ModelError):
+        estimate_memory(path, device="cpu")
 
 
 def test_cache_folder_falls_back_to_a_temporary_one(tmp_path, monkeypatch, caplog):

@@ -14,11 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from workbench.errors import ModelError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -100,7 +105,9 @@ def prepare(path: Path, name: str, write: Callable[[Path], object]) -> Path:
         except OSError:
             if not folder.is_dir():  # else another process finished first: its copy is the same
                 raise
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # of damaged files and full disks, anything
         raise ModelError(
             f"Cannot unpack {path}: {error}. If transformers cannot read the file, give the "
             f"model's safetensors folder instead; if {models} is full, set WORKBENCH_CACHE to "
@@ -126,6 +133,7 @@ def _write_unpacked(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    gguf_reader(path)
     label = f"Unpacking {name}, this first time only"
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     bar = tqdm(total=3, desc=label, disable=not progress)
@@ -141,6 +149,26 @@ def _write_unpacked(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         bar.update()
+
+
+def gguf_reader(path: Path) -> GGUFReader:
+    """A file's header, read by the format's own library, but never beyond the file's end.
+
+    By itself that goes on for as many items as a damaged or hostile file says that it holds.
+
+    Raises:
+        ValueError: The file is cut short, or says that it holds more than it does; the library
+            raises others for other damage.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("the file ends before what it says that it holds")
+            return super()._get(offset, dtype, count, override_order)
+
+    return Reader(path)
 
 
 def file_key(path: Path, samples: int = 64, length: int = 65536) -> str:

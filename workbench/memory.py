@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from workbench.errors import ModelError
-from workbench.gguf import quiet_loading, unpacked_gguf
+from workbench.gguf import gguf_reader, quiet_loading, unpacked_gguf
 from workbench.layers import is_conv1d
 from workbench.models import (
     Quantization,
@@ -219,10 +219,8 @@ def _in_float32(model: Any, dtype: torch.dtype) -> int:
 
 def _gguf_shape(file: Path) -> _Shape:
     """Counts from a GGUF file's header."""
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(file)
+        reader = gguf_reader(file)
         kind = reader.fields["general.architecture"].contents()
 
         def value(key: str) -> int:  # of the widest layer, where they differ
@@ -232,19 +230,20 @@ def _gguf_shape(file: Path) -> _Shape:
         grouped = f"{kind}.attention.head_count_kv" in reader.fields
         shared = value("attention.head_count_kv") if grouped else heads
         cache = 2 * value("block_count") * shared * value("embedding_length") // heads
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        counts = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        largest = max(counts.values())
+        vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
+    except Exception as error:  # of damaged files, anything
         raise ModelError(
             f"{file} cannot be read as a GGUF file ({error!r}): fetch it again, or give the "
             "model's safetensors folder instead."
         ) from None
-    counts = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     linear = sum(
         int(tensor.n_elements)
         for tensor in reader.tensors
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1
     )
-    vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
-    return _Shape(sum(counts.values()), linear, 0, max(counts.values()), cache, vocabulary)
+    return _Shape(sum(counts.values()), linear, 0, largest, cache, vocabulary)
 
 
 def free_on(device: torch.device) -> int:
