@@ -12,11 +12,13 @@ from torch import Tensor
 from workbench.cancel import checkpoint
 from workbench.encoding import (
     Batch,
+    check_text,
     collate,
     has_label,
     kl,
     label_names,
     per_sequence_mean,
+    reads_at_most,
     tokenize,
 )
 from workbench.errors import EditError
@@ -42,24 +44,31 @@ def generate_texts(
 
     Args:
         lm: The model, under whatever overlay is live.
-        prompts: At least one text, none empty.
+        prompts: Texts, none empty.
         max_new_tokens: Length of the continuations.
         watch: Called with the continuations so far, token by token.
         options: For transformers' `generate`.
 
     Raises:
-        EditError: A prompt is empty, or the model does not generate text.
+        EditError: A prompt is empty or no text, the prompts with their continuations are longer
+            than the model reads, or it does not generate text.
         Cancelled: See `cancellable`.
     """
     if lm.kind == "classifier":
         raise EditError("A classifier has no continuation: compare its labels' probabilities.")
+    if max_new_tokens < 1:
+        raise EditError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
     for prompt in prompts:
+        check_text(prompt, "prompt")
         if not prompt.strip():
             raise EditError("A prompt is empty. Give a text to continue.")
+    if not prompts:
+        return []
     tokenizer = lm.tokenizer
     # A decoder writes on from its last token; an encoder may count positions from its first.
     side = "right" if lm.kind == "seq2seq" else "left"
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
+    _check_length(lm, inputs["input_ids"].shape[1], max_new_tokens)
     inputs = inputs.to(lm.device)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     settings["pad_token_id"] = tokenizer.pad_token_id
@@ -85,6 +94,17 @@ def generate_texts(
             **(settings | options),
         )
     return texts(output)
+
+
+def _check_length(lm: LanguageModel, tokens: int, more: int) -> None:
+    """Refuse texts beyond the last position: the model's lookup fails, and a card with it."""
+    limit = reads_at_most(lm)
+    longest = max(tokens, more) if lm.kind == "seq2seq" else tokens + more
+    if limit and longest > limit:
+        raise EditError(
+            f"The longest prompt has {tokens} tokens and is to be continued by {more}; this model "
+            f"reads at most {limit} in all. Shorten the prompt, or give a smaller max_new_tokens."
+        )
 
 
 def compare_prompts(

@@ -218,7 +218,10 @@ def _records(
     """Each record's example, and the pair that a claim belongs to."""
     from . import readers  # builds on the types above
 
-    path = str(Path(path).expanduser())
+    try:
+        path = str(Path(path).expanduser())
+    except RuntimeError as error:  # ~name, of nobody here
+        raise DataError(f"{path!r} names no file: {error}") from None
     source = f"{format}:{Path(path).name}"
     for line, raw in readers.records(path):
         try:

@@ -63,6 +63,8 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
         EditError: The prompt is blank, the target has no tokens or is no label of the
             classifier, or the text is longer than the model reads.
     """
+    check_text(target, "target")
+    check_text(prompt, "prompt")
     if not target.strip():
         raise EditError("The target is empty. Say what the model should answer, e.g. 'Lyon'.")
     if not prompt.strip():
@@ -90,13 +92,33 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
         tokens = Tokens(tuple(ids[:-1]), tuple(ids[max(owned[0], 1) :] if owned else ()))
     if not tokens.targets:
         raise EditError(f"The tokenizer finds no token of its own in the target {target!r}.")
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
+    limit = reads_at_most(lm)
     longest = max(len(tokens.ids), len(tokens.targets))
     if limit and longest > limit:
         raise EditError(
             f"The text has {longest} tokens; this model reads at most {limit}. Shorten it."
         )
     return tokens
+
+
+def reads_at_most(lm: LanguageModel) -> int | None:
+    """How many tokens the model has positions for; None: any number."""
+    return getattr(lm.model.config, "max_position_embeddings", None)
+
+
+def check_text(text: object, name: str) -> None:
+    """Refuse what no tokenizer can read.
+
+    Raises:
+        EditError: It is no text, or holds half of a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise EditError(f"The {name} must be a text; got {text!r}.")
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise EditError(
+            f"The {name} {text!r} holds half of a surrogate pair, which is no character: it was "
+            f"cut, or read in another encoding than its own. Give text in UTF-8."
+        )
 
 
 def first_token(lm: LanguageModel, prompt: str, target: str) -> Tokens:

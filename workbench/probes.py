@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from workbench.corpus import EXAMPLES, SENTENCES, Relation, relations
 from workbench.data import EditExample, Statement
+from workbench.encoding import check_text
 from workbench.subjects import topic_of
 
 T = TypeVar("T")
@@ -50,7 +51,12 @@ def suggest(
         equivalents: How many prompts that should change with it.
         neighbors: How many of the same relation or subject that should not.
         unrelated: How many others that should not.
+
+    Raises:
+        EditError: Prompt or target is no text, or holds half of a surrogate pair.
     """
+    check_text(prompt, "prompt")
+    check_text(target, "target")
     alike, near = _known(prompt)
     alike += [
         Probe(f"{sentence} {prompt}", "equivalent", made="after an unrelated sentence")

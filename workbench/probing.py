@@ -8,7 +8,7 @@ from dataclasses import replace
 from workbench.cancel import checkpoint
 from workbench.compare import score_both, write_both
 from workbench.editors import EditRequest
-from workbench.encoding import label_names, tokenize
+from workbench.encoding import label_names, reads_at_most, tokenize
 from workbench.errors import EditError
 from workbench.metrics import begins_with
 from workbench.models import LanguageModel
@@ -69,7 +69,7 @@ def probe_requests(
 def _fits(lm: LanguageModel, probe: Probe, max_new_tokens: int) -> bool:
     """Whether the model can read a probe and write on: its window may be short."""
     spare = label_names(lm)[0] if lm.kind == "classifier" else probe.target or "."
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
+    limit = reads_at_most(lm)
     try:
         length = len(tokenize(lm, probe.prompt, spare).ids)
     except EditError:

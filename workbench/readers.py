@@ -53,6 +53,8 @@ def records(path: str) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path} is damaged or cut short gzip: {error}; fetch it again") from None
     except FieldError as error:
         raise DataError(f"{path}: {error}") from None
+    except ValueError as error:  # a zero byte, or half of a surrogate pair
+        raise DataError(f"{path!r} can be no file's name: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 

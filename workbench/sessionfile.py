@@ -7,19 +7,23 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from workbench.editors import Editor, EditRequest, FineTune, editor_source, open_editor
+from workbench.encoding import check_text
 from workbench.errors import EditError, EditorError
-from workbench.files import read_tensors, write_tensors, write_text
+from workbench.files import MALFORMED, read_tensors, write_tensors, write_text
+from workbench.layers import DENSE
 from workbench.models import LanguageModel
+from workbench.overlay import overlay
 from workbench.results import EditTrace, LayerTrace, as_json
 from workbench.updates import LayerUpdate, Update
 
 _FILE = "session.safetensors"
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +67,19 @@ class SavedSession:
             return FineTune(lm)
 
     def check(self, lm: LanguageModel) -> None:
-        """Refuse a model whose weights are not those the session was made over."""
+        """Refuse a model whose weights are not those the session was made over.
+
+        Raises:
+            EditError: They are not, or some update fits no layer of it.
+        """
         if lm.fingerprint() != self.fingerprint:
             raise EditError(
                 f"This session was made over {self.model} with weights {self.fingerprint}; the "
                 f"model that is open, {lm.source}, has weights {lm.fingerprint()}. Open the first."
             )
+        for edit in self.edits:
+            with overlay(lm.model, edit.update):
+                pass
 
 
 def write_session(
@@ -125,10 +136,9 @@ def read_session(folder: str | Path) -> SavedSession:
     try:
         about = json.loads(metadata["about"])
         edits = tuple(_edit(place, item, tensors) for place, item in enumerate(about["edits"]))
-        return SavedSession(
-            about["model"], about["fingerprint"], about["editor"], about["settings"], edits
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        named = (_of(str, about[key]) for key in ("model", "fingerprint", "editor"))
+        return SavedSession(*named, _of(dict, about["settings"]), edits)
+    except MALFORMED as error:
         raise EditError(
             f"{path} holds no session that this version can read ({error!r})."
         ) from None
@@ -148,14 +158,32 @@ def _edit(place: int, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> Sa
             for name in names
         }
     )
+    for factor in update.tensors():
+        if factor.dtype not in DENSE or factor.dim() > 2:
+            raise ValueError(f"a factor of {factor.dtype} and shape {tuple(factor.shape)}")
+    if not update.is_finite():
+        raise ValueError("numbers that are not finite")
     return SavedEdit(
-        tuple(EditRequest(**request) for request in item["requests"]),
+        tuple(map(_request, item["requests"])),
         update,
         _trace(item["trace"]),
         float(item["seconds"]),
         bool(item["enabled"]),
         float(item["strength"]),
     )
+
+
+def _of(kind: type[Kind], value: object) -> Kind:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def _request(item: dict[str, Any]) -> EditRequest:
+    request = EditRequest(**item)
+    for text in (request.prompt, request.target, request.subject or ""):
+        check_text(text, "text of a request")
+    return request
 
 
 def _trace(item: dict[str, Any] | None) -> EditTrace | None:
@@ -165,9 +193,8 @@ def _trace(item: dict[str, Any] | None) -> EditTrace | None:
         {k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()}
         for layer in item["layers"]
     ]
-    requests = tuple(EditRequest(**request) for request in item["requests"])
     return EditTrace(
-        requests,
+        tuple(map(_request, item["requests"])),
         tuple(item["tokens"]),
         tuple(item["predicts"]),
         tuple(LayerTrace(**layer) for layer in layers),

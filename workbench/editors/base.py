@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from workbench.cancel import checkpoint
 from workbench.editors.proposals import CapturedEdits, EditRequest, Proposal
-from workbench.errors import EditError, EditorError, WorkbenchError
-from workbench.files import read_tensors, write_tensors, write_text
+from workbench.errors import EditError, EditorError
+from workbench.files import MALFORMED, read_tensors, write_tensors, write_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.updates import Update
@@ -231,8 +231,9 @@ def load_editor(folder: str | Path, lm: LanguageModel) -> TrainableEditor:
     try:
         about = json.loads(metadata["about"])
         cls, settings, layers = editor_class(about["editor"]), about["settings"], about["layers"]
-        fingerprint, base, card = about["base_fingerprint"], about["base_model"], about["card"]
-    except (KeyError, TypeError, ValueError) as error:
+        fingerprint, base = about["base_fingerprint"], about["base_model"]
+        card, held = dict(about["card"]), fingerprint.partition(":")[0]
+    except MALFORMED as error:
         raise EditorError(
             f"{folder}/editor.safetensors holds no editor that this version can read ({error!r}). "
             f"Give a folder written by training or by save_editor."
@@ -246,14 +247,14 @@ def load_editor(folder: str | Path, lm: LanguageModel) -> TrainableEditor:
         editor = cls.from_settings(lm, settings)
         found = [layer.name for layer in editor.layers]
         if found != layers:
-            raise EditorError(f"it edits {layers[:2]}..., this model has {found[:2]}...")
+            raise EditorError(f"it edits {layers!r:.80}, this model has {found!r:.80}")
         editor.load_state_dict(tensors)
-    except (RuntimeError, TypeError, WorkbenchError) as error:
+    except Exception as error:  # settings of a damaged file can end an editor anywhere
         raise EditorError(
             f"The editor in {folder} was trained for {base} and does not fit {lm.source}: {error}"
         ) from None
     # The same weights held in another precision have other bits, which tell nothing.
-    held_alike = fingerprint.partition(":")[0] == lm.precision
+    held_alike = held == lm.precision
     if base != lm.source if not held_alike else fingerprint != lm.fingerprint():
         warnings.warn(
             f"The editor in {folder} was trained over {base} with weights {fingerprint}; the "
