@@ -448,7 +448,8 @@ def test_texts_that_cannot_be_read_are_refused_by_name(
 def test_a_target_of_two_thousand_tokens_is_edited_and_one_of_none_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
-    model = partial(FAMILIES["llama"], max_position_embeddings=4096)()
+    longer = {"max_position_embeddings": 4096}
+    model = partial(FAMILIES["llama"], **longer)()
     lm = LanguageModel.wrap(model, tokenizer)
     wb = Workbench(lm, mend(lm))
     edit = wb.edit(PROMPT, "ab" * 1000)

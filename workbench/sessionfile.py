@@ -136,8 +136,10 @@ def read_session(folder: str | Path) -> SavedSession:
     try:
         about = json.loads(metadata["about"])
         edits = tuple(_edit(place, item, tensors) for place, item in enumerate(about["edits"]))
-        named = (_of(str, about[key]) for key in ("model", "fingerprint", "editor"))
-        return SavedSession(*named, _of(dict, about["settings"]), edits)
+        model, fingerprint, editor = (
+            _of(str, about[key]) for key in ("model", "fingerprint", "editor")
+        )
+        return SavedSession(model, fingerprint, editor, _of(dict, about["settings"]), edits)
     except MALFORMED as error:
         raise EditError(
             f"{path} holds no session that this version can read ({error!r})."
