@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from workbench import EditExample, Statement, Workbench
 from workbench.editors import Editor, TrainableEditor, load_editor, save_editor
-from workbench.encoding import collate, tokenize
+from workbench.encoding import collate, label_names, tokenize
 from workbench.evaluate import evaluate
 from workbench.models import LanguageModel, Quantization, open_model
 from workbench.overlay import overlay
@@ -49,7 +49,9 @@ def bench() -> Iterator[Workbench]:
 
 def on_card(family: str) -> LanguageModel:
     """The tiny model of a family, with the same weights on the card."""
-    return LanguageModel.wrap(FAMILIES[family]().to("cuda"), tiny_tokenizer(), f"tiny-{family}")
+    model = FAMILIES[family]()
+    torch.nn.Module.to(model, "cuda")  # transformers' own `to` hides its signature
+    return LanguageModel.wrap(model, tiny_tokenizer(), f"tiny-{family}")
 
 
 def twins(name: str, family: str, folder: Path) -> tuple[Editor, Editor]:
@@ -67,7 +69,7 @@ def near(found: Tensor, expected: Tensor) -> None:
 
 def said(lm: LanguageModel, update: Update | None = None) -> Tensor:
     """Logits where the target is predicted."""
-    target = TARGET if lm.kind != "classifier" else str(lm.model.config.id2label[0])
+    target = TARGET if lm.kind != "classifier" else label_names(lm)[0]
     with torch.no_grad(), overlay(lm.model, update):
         return target_logits(lm, collate(lm, [tokenize(lm, PROMPT, target)]))
 
