@@ -313,7 +313,7 @@ def test_without_memory_a_model_is_not_opened(tiny_model: str, monkeypatch: pyte
     def short(*_: object, **__: object) -> None:
         no_memory()
 
-    monkeypatch.setattr("workbench.models.AutoTokenizer.from_pretrained", short)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", short)
     with pytest.raises(ModelError, match=r"not enough memory to open .*quantize='8bit'"):
         open_model(tiny_model, device="cpu")
 
