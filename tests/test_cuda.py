@@ -26,7 +26,9 @@ from workbench.views import target_logits
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device here; runs where PyTorch sees one"
+    ),
 ]
 
 PROMPT, TARGET = "The capital of France is", "Lyon"

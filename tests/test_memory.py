@@ -163,7 +163,9 @@ def test_sizes_are_written_for_people():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here; runs where PyTorch sees one"
+)
 def test_on_a_card_its_own_memory_counts(tmp_path: Path):
     found = estimate_memory(saved(tmp_path, "llama"), device="cuda")
     assert 0 < found.free <= torch.cuda.get_device_properties(0).total_memory
