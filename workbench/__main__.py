@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        # Imports wait until here, so that --help is instant.
+        # Imports wait until here, so that --help costs little more than torch.
         from workbench import commands
 
         with warnings.catch_warnings():
