@@ -9,11 +9,16 @@ import torch
 from runs import TEXTS, editor_for, examples, opened
 
 from workbench import EditError, EditRequest, Update, Workbench
-from workbench.aggregate import Aggregation, propose_together, ridge
+from workbench.aggregate import Aggregation, inputs_under, propose_together, ridge
 from workbench.editors import Mend
+from workbench.encoding import collate, tokenize
 from workbench.evaluate import EvaluationConfig, evaluate
 from workbench.overlay import overlay
 from workbench.training import MetaStep, TextSampler, TrainingConfig
+from workbench.updates import LayerUpdate
+from workbench.views import target_logits
+
+Alone = tuple[list[Update], list[dict[str, torch.Tensor]]]
 
 REQUESTS = [EditRequest(e.prompt, e.target) for e in examples(4)]
 
@@ -28,35 +33,78 @@ def editor(request: pytest.FixtureRequest) -> Mend:
     return made.eval()
 
 
-def inputs_of(editor: Mend, request: EditRequest, name: str) -> torch.Tensor:
-    factors = editor.propose([request]).factors[name]
-    return factors.activation[factors.live()]
+@pytest.fixture(scope="module")
+def alone(editor: Mend) -> Alone:
+    """Each request's update, and what the layers read once it is made."""
+    updates = [editor.propose([request]).update for request in REQUESTS]
+    return updates, [inputs_under(editor, r, u) for r, u in zip(REQUESTS, updates, strict=True)]
+
+
+def test_inputs_are_what_the_layers_read_in_the_edited_model(editor: Mend, alone: Alone) -> None:
+    for request, update, inputs in zip(REQUESTS, *alone, strict=True):
+        text = tokenize(editor.lm, request.prompt, request.target)
+        seen: dict[str, torch.Tensor] = {}
+
+        def reader(name: str, seen: dict[str, torch.Tensor] = seen):
+            return lambda module, args: seen.update({name: args[0][0]})
+
+        handles = [x.module.register_forward_pre_hook(reader(x.name)) for x in editor.layers]
+        with overlay(editor.lm.model, update), torch.no_grad():
+            target_logits(editor.lm, collate(editor.lm, [text]))
+        for handle in handles:
+            handle.remove()
+        for name, rows in inputs.items():
+            # In the last block only the places that predict the target lead to the loss.
+            assert len(text.targets) <= len(rows) <= len(text.ids)
+            torch.testing.assert_close(rows, seen[name][-len(rows) :])
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.5])
-def test_least_squares_is_the_dense_ridge_solution(editor: Mend, damping: float) -> None:
-    proposals = [editor.propose([request]) for request in REQUESTS]
-    for name, layer in ridge(proposals, damping).items():
-        keys = torch.cat([inputs_of(editor, r, name) for r in REQUESTS]).double()
+def test_least_squares_is_the_dense_ridge_solution(
+    editor: Mend, alone: Alone, damping: float
+) -> None:
+    for name, layer in ridge(*alone, damping).items():
+        inputs = [found[name] for found in alone[1]]
+        keys = torch.cat(inputs).double()
         wanted = torch.cat(
-            [
-                p.update[name].apply(inputs_of(editor, r, name))
-                for p, r in zip(proposals, REQUESTS, strict=True)
-            ]
+            [update[name].apply(rows) for update, rows in zip(alone[0], inputs, strict=True)]
         ).double()
-        penalty = damping * keys.square().sum(1).mean()
-        normal = keys.T @ keys + penalty * torch.eye(keys.shape[1], dtype=torch.float64)
-        dense = torch.linalg.solve(normal, keys.T @ wanted).T
-        torch.testing.assert_close(layer.dense().double(), dense, rtol=1e-3, atol=1e-6)
-        assert layer.threshold is None
+        if not editor.config.gate:
+            penalty = damping * keys.square().sum(1).mean()
+            normal = keys.T @ keys + penalty * torch.eye(keys.shape[1], dtype=torch.float64)
+            dense = torch.linalg.solve(normal, keys.T @ wanted).T
+            torch.testing.assert_close(layer.dense().double(), dense, rtol=1e-3, atol=1e-6)
+            assert layer.threshold is None
+            continue
+        # Of gated terms: stacked rows of the penalised problem, solved as they stand.
+        summed = LayerUpdate.sum([update[name] for update in alone[0]]).folded()
+        acting = summed.acting(keys.float()).double()
+        penalty = damping * acting.square().sum(1).mean()
+        stacked = torch.cat([acting, penalty.sqrt() * torch.eye(summed.rank, dtype=torch.float64)])
+        aims = torch.cat([wanted, penalty.sqrt() * summed.B.double()])
+        dense = torch.linalg.lstsq(stacked, aims).solution
+        torch.testing.assert_close(layer.B.double(), dense, rtol=1e-3, atol=1e-6)
+        assert torch.equal(layer.A, summed.A)
+        assert layer.threshold is not None
 
 
-def test_without_damping_one_edit_does_to_its_inputs_what_it_did(editor: Mend) -> None:
-    proposal = editor.propose(REQUESTS[:1])
+def test_without_damping_each_edit_does_to_its_inputs_what_it_did(
+    editor: Mend, alone: Alone
+) -> None:
     name = editor.layers[-1].name
-    rows = inputs_of(editor, REQUESTS[0], name)
-    fitted = ridge([proposal], 0.0)[name].apply(rows)
-    torch.testing.assert_close(fitted, proposal.update[name].apply(rows), rtol=1e-2, atol=1e-4)
+    fitted = ridge(*alone, 0.0)[name]
+    for update, inputs in zip(*alone, strict=True):
+        rows = inputs[name]
+        torch.testing.assert_close(
+            fitted.apply(rows), update[name].apply(rows), rtol=1e-2, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("editor", [0.3], ids=["gated"], indirect=True)
+def test_one_gated_edit_is_left_as_it_is(alone: Alone) -> None:
+    update, inputs = alone[0][0], alone[1][0]
+    for name, layer in ridge([update], [inputs]).items():
+        torch.testing.assert_close(layer.B, update[name].folded().B)
 
 
 def test_a_sequence_sees_the_edits_before_it(editor: Mend) -> None:
@@ -121,7 +169,7 @@ class _Fixed:
 def test_a_workbench_edits_by_least_squares_and_undoes_it(editor: Mend) -> None:
     wb = Workbench(opened("llama"), editor)
     edit = wb.edit_many(REQUESTS, aggregation="ridge")
-    assert not edit.update.gated
+    assert edit.update.gated == bool(editor.config.gate)
     assert edit.trace is not None
     assert len(edit.trace.requests) == len(REQUESTS)
     wb.undo()

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--at-once", type=int, default=1, help="edits live together (1)")
     evaluate.add_argument("--aggregation", default="sum", help="sum, ridge or sequence, of those")
-    evaluate.add_argument("--damping", type=float, default=0.1, help="of ridge (0.1)")
+    evaluate.add_argument("--damping", type=float, default=0.003, help="of ridge (0.003)")
     evaluate.add_argument("--json", type=Path, metavar="FILE")
     evaluate.add_argument(
         "--resume", action="store_true", help="keep what --json holds of unchanged editors"

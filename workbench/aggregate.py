@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from workbench.editors import Editor, EditRequest, Proposal
-from workbench.editors.proposals import joined
+from workbench.editors.proposals import capture_edits, joined
 from workbench.errors import EditError
 from workbench.overlay import overlay
 from workbench.updates import LayerUpdate, Update
@@ -22,7 +21,7 @@ def propose_together(
     editor: Editor,
     requests: Sequence[EditRequest],
     aggregation: Aggregation = "sum",
-    damping: float = 0.1,
+    damping: float = 0.003,
 ) -> Proposal:
     """Carry out several requests in one update.
 
@@ -30,12 +29,13 @@ def propose_together(
         editor: Makes the updates.
         requests: At least one.
         aggregation: "sum": as the editor does it, for MEND the sum of all terms (section 3.1);
-            "ridge": each edit alone, then `ridge`; "sequence": one after another, each on the
-            model that the ones before have changed.
+            "ridge": each edit alone, then `ridge` over the inputs that each leads to; "sequence":
+            one after another, each on the model that the ones before have changed.
         damping: For "ridge".
 
     Raises:
-        EditError: The aggregation is unknown or a request cannot be carried out.
+        EditError: The aggregation is unknown, a request cannot be carried out, or the damping of
+            "ridge" is negative.
     """
     if aggregation not in get_args(Aggregation):
         raise EditError(
@@ -50,48 +50,80 @@ def propose_together(
         before = Update.sum(p.update for p in proposals) if aggregation == "sequence" else None
         with overlay(editor.lm.model, before):
             proposals.append(editor.propose([request]))
+    updates = [proposal.update for proposal in proposals]
     if aggregation == "sequence":
-        return joined(proposals, Update.sum(p.update for p in proposals))
-    return replace(joined(proposals, ridge(proposals, damping)), gates={})
+        return joined(proposals, Update.sum(updates))
+    inputs = [inputs_under(editor, *pair) for pair in zip(requests, updates, strict=True)]
+    return joined(proposals, ridge(updates, inputs, damping))
+
+
+def inputs_under(editor: Editor, request: EditRequest, update: Update) -> dict[str, Tensor]:
+    """What the edited layers read in the text of an edit once that edit is made.
+
+    Args:
+        editor: Whose model and layers.
+        request: The edit.
+        update: What carries it out.
+
+    Returns:
+        Layer name -> `(tokens, in)`.
+    """
+    with overlay(editor.lm.model, update):
+        factors = capture_edits(editor.lm, editor.layers, [request]).factors
+    return {name: found.activation[found.live()] for name, found in factors.items()}
 
 
 @torch.no_grad()
-def ridge(proposals: Sequence[Proposal], damping: float = 0.1) -> Update:
+def ridge(
+    updates: Sequence[Update], inputs: Sequence[Mapping[str, Tensor]], damping: float = 0.003
+) -> Update:
     """The change nearest to what each edit does to its own inputs (MALMEN, Tan et al. 2024).
 
     Added up, edits disturb one another: each also acts on the others' inputs. With the inputs
     U of all edits, one a row, and D = what each edit alone adds to its own, a layer gets
     `argmin_S ||S U^T - D^T||^2 + l ||S||^2 = D^T (U U^T + l I)^-1 U`, of one term an input, `l`
-    being `damping` times the mean squared norm of an input. Of gated edits the result is linear.
+    being `damping` times the mean squared norm of an input.
+
+    Gated terms keep A and thresholds. With K = how strongly each acts on each input, they get
+    `argmin_B' ||K B' - D||^2 + l ||B' - B||^2 = B + K^T (K K^T + l I)^-1 (D - K B)`, `l` being
+    `damping` times the mean squared norm of a row of K: their sum, and what it takes to part them.
 
     Args:
-        proposals: One for each edit, with factors.
+        updates: One for each edit.
+        inputs: Of each edit: layer name -> `(tokens, in)`, as its own update leads to them. Lower
+            edited layers move what higher ones read; inputs of the unedited model fit worse.
         damping: 0 fits the edits' own inputs exactly; more keeps the change small.
 
     Raises:
-        EditError: Damping is negative, or a proposal has no factors to take inputs from.
+        EditError: Damping is negative.
     """
     if damping < 0:
         raise EditError(f"damping must be 0 or more; got {damping}.")
-    if not all(proposal.factors for proposal in proposals):
-        raise EditError(
-            "Least squares needs each edit's inputs, and this editor's proposals have none. Add "
-            "its edits up instead: aggregation='sum'."
-        )
-    names = dict.fromkeys(name for proposal in proposals for name in proposal.update)
-    return Update({name: _solved(name, proposals, damping) for name in names})
+    solved = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        edits = [(u[name], i[name]) for u, i in zip(updates, inputs, strict=True) if name in u]
+        solved[name] = _solved([layer for layer, _ in edits], [rows for _, rows in edits], damping)
+    return Update(solved)
 
 
-def _solved(name: str, proposals: Sequence[Proposal], damping: float) -> LayerUpdate:
-    inputs: list[Tensor] = []
-    changes: list[Tensor] = []
-    for proposal in proposals:
-        factors, layer = proposal.factors[name], proposal.update[name]
-        rows = factors.activation[factors.live()].to(layer.A)
-        inputs.append(rows)
-        changes.append(layer.apply(rows))
-    keys, wanted = torch.cat(inputs).double(), torch.cat(changes)
+def _solved(layers: Sequence[LayerUpdate], inputs: Sequence[Tensor], damping: float) -> LayerUpdate:
+    summed, rows = LayerUpdate.sum(layers).folded(), torch.cat(list(inputs)).to(layers[0].A)
+    wanted = torch.cat(
+        [layer.apply(own.to(layer.A)) for layer, own in zip(layers, inputs, strict=True)]
+    )
+    if summed.threshold is None:
+        keys = rows.double()
+        return LayerUpdate(_weights(keys, keys, damping).to(rows), wanted)
+    acting = summed.acting(rows)
+    missing = (wanted - acting @ summed.B).double()
+    keys = acting.double()
+    parted = summed.B + (keys.T @ _weights(keys, missing, damping)).to(summed.B)
+    return LayerUpdate(summed.A, parted, threshold=summed.threshold)
+
+
+def _weights(keys: Tensor, wanted: Tensor, damping: float) -> Tensor:
+    """`(K K^T + l I)^-1` times what is wanted, in float64."""
     gram = keys @ keys.T
-    gram.diagonal().add_(max(damping, 1e-9) * gram.diagonal().mean())
-    solved = torch.cholesky_solve(keys, torch.linalg.cholesky(gram))
-    return LayerUpdate(solved.to(wanted.dtype), wanted)
+    # The least keeps the matrix definite where few terms act on few inputs, or none on any.
+    gram.diagonal().add_((max(damping, 1e-9) * gram.diagonal().mean()).clamp_min(1e-30))
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))

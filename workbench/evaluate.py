@@ -55,7 +55,7 @@ class EvaluationConfig:
     generate: bool = False
     at_once: int = 1
     aggregation: Aggregation = "sum"
-    damping: float = 0.1
+    damping: float = 0.003
 
     def __post_init__(self) -> None:
         if self.at_once < 1:

@@ -106,7 +106,7 @@ class Workbench:
         self,
         requests: Sequence[tuple[str, str] | EditRequest],
         aggregation: Aggregation = "sum",
-        damping: float = 0.1,
+        damping: float = 0.003,
     ) -> Edit:
         """Carry out several requests in one update (the paper's batched edits).
 

@@ -69,12 +69,16 @@ class LayerUpdate:
         Args:
             inputs: The layer's inputs; leading axes as the factors' or none.
         """
+        return self.scale * (self.acting(inputs) @ self.B)
+
+    def acting(self, inputs: Tensor) -> Tensor:
+        """How strongly each term acts on inputs, `(..., tokens, in)` -> `(..., tokens, rank)`."""
         keyed = inputs @ self.A.mT
-        if self.threshold is not None:
-            # Soft thresholding (Donoho 1995): continuous, and the identity at threshold 0.
-            limit = self.threshold.unsqueeze(-2)
-            keyed = keyed - keyed.clamp(-limit, limit)
-        return self.scale * (keyed @ self.B)
+        if self.threshold is None:
+            return keyed
+        # Soft thresholding (Donoho 1995): continuous, and the identity at threshold 0.
+        limit = self.threshold.unsqueeze(-2)
+        return keyed - keyed.clamp(-limit, limit)
 
     def dense(self) -> Tensor:
         """The change as a matrix, `(..., out, in)`, the threshold left out."""
