@@ -107,13 +107,14 @@ def ridge(
 
 
 def _solved(layers: Sequence[LayerUpdate], inputs: Sequence[Tensor], damping: float) -> LayerUpdate:
-    summed, rows = LayerUpdate.sum(layers).folded(), torch.cat(list(inputs)).to(layers[0].A)
+    rows = torch.cat(list(inputs)).to(layers[0].A)
     wanted = torch.cat(
         [layer.apply(own.to(layer.A)) for layer, own in zip(layers, inputs, strict=True)]
     )
-    if summed.threshold is None:
+    if all(layer.threshold is None for layer in layers):
         keys = rows.double()
         return LayerUpdate(_weights(keys, keys, damping).to(rows), wanted)
+    summed = LayerUpdate.sum(layers).folded()
     acting = summed.acting(rows)
     missing = (wanted - acting @ summed.B).double()
     keys = acting.double()
