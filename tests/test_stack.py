@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from workbench.errors import EditError
-from workbench.overlay import EditStack, StackEntry, overlay
+from workbench.overlay import UNDOABLE, EditStack, StackEntry, overlay
 from workbench.updates import Update
 
 LM = language_model("gpt2")
@@ -180,3 +180,14 @@ def test_two_stacks_share_nothing() -> None:
     assert not two.entries
     assert not two.can_undo
     assert len(two.combined()) == 0
+
+
+def test_undo_goes_back_so_far_and_no_further() -> None:
+    stack = EditStack()
+    stack.push(0, UPDATES[0])
+    for _ in range(UNDOABLE + 2):
+        stack.toggle(0)
+    for _ in range(UNDOABLE):
+        stack.undo()
+    assert not stack.can_undo
+    assert [(entry.id, entry.enabled) for entry in stack.entries] == [(0, True)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from workbench.adapters import export_peft
 from workbench.editors import EditRequest, Proposal
+from workbench.errors import EditError
+from workbench.memory import size
 from workbench.models import LanguageModel
+from workbench.overlay import EditStack
 from workbench.results import EditTrace, trace_of
 from workbench.updates import Update
 
@@ -41,6 +45,15 @@ class Edit:
         return self.origin
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes: the update, and the factors that it was made from."""
+        if not isinstance(self.origin, Proposal):
+            return self.update.nbytes
+        made = (self.origin.factors, self.origin.pseudofactors or {})
+        factors = (layer for group in made for layer in group.values())
+        return self.update.nbytes + sum(f.activation.nbytes + f.delta.nbytes for f in factors)
+
+    @property
     def title(self) -> str:
         """The edit in a line."""
         if not self.requests:
@@ -52,3 +65,37 @@ class Edit:
     def to_peft(self, folder: str | Path) -> Path:
         """Write the edit as a PEFT LoRA adapter folder."""
         return export_peft(self.update, self.lm, folder, note=self.title)
+
+
+def check_room(live: Iterable[Edit], new: Edit, most: float) -> None:
+    """See that an edit fits beside the live ones; the first one always does.
+
+    Args:
+        live: Edits at hand.
+        new: To be added.
+        most: Bytes of edits that may be kept.
+
+    Raises:
+        EditError: It does not fit.
+    """
+    held = sum(edit.nbytes for edit in live)
+    if held and held + new.nbytes > most:
+        raise EditError(
+            f"The live edits take {size(held)} and this one {size(new.nbytes)}; no more than "
+            f"{size(most)} are kept. Remove a live edit, or add fewer."
+        )
+
+
+def kept(stack: EditStack, edits: Mapping[int, Edit], most: float) -> dict[int, Edit]:
+    """The edits that undo and redo can reach.
+
+    Args:
+        stack: Their history; it forgets its oldest actions until the edits within reach fit.
+        edits: By id.
+        most: Bytes of edits that may be kept.
+    """
+    while True:
+        within = stack.ids()
+        reached = {id: edit for id, edit in edits.items() if id in within}
+        if sum(edit.nbytes for edit in reached.values()) <= most or not stack.forget():
+            return reached

@@ -14,6 +14,8 @@ from workbench.errors import EditError
 from workbench.layers import linear_shape
 from workbench.updates import LayerUpdate, Update
 
+UNDOABLE = 1000  # actions that a history goes back
+
 # The overlays that are live in this thread or task; a hook set by another one stays silent.
 _live: ContextVar[frozenset[int]] = ContextVar("workbench_live_overlays", default=frozenset())
 _tokens = count()
@@ -110,7 +112,7 @@ class EditStack:
     """The live edits of one user, as a history of immutable states.
 
     Every action (push, remove, toggle, strength) adds a state; undo and redo move between
-    states, so that whatever came before is back exactly.
+    states, so that whatever came before is back exactly, `UNDOABLE` actions back at most.
     """
 
     _states: list[tuple[StackEntry, ...]] = field(default_factory=lambda: [()])
@@ -182,7 +184,10 @@ class EditStack:
             EditError: There is nothing to undo.
         """
         if not self.can_undo:
-            raise EditError("There is nothing to undo: no edit has been made.")
+            raise EditError(
+                "There is nothing to undo: no edit has been made, or what came before is no longer "
+                "kept."
+            )
         self._cursor -= 1
 
     def redo(self) -> None:
@@ -196,6 +201,14 @@ class EditStack:
                 "There is nothing to redo: nothing has been undone since the last edit."
             )
         self._cursor += 1
+
+    def forget(self) -> bool:
+        """Drop the oldest state that undo could reach; returns whether there was one."""
+        if not self.can_undo:
+            return False
+        del self._states[0]
+        self._cursor -= 1
+        return True
 
     def _entry(self, id: int) -> StackEntry:
         for entry in self.entries:
@@ -211,3 +224,5 @@ class EditStack:
         del self._states[self._cursor + 1 :]
         self._states.append(state)
         self._cursor += 1
+        if self._cursor > UNDOABLE:
+            self.forget()

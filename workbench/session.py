@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from workbench.adapters import export_peft, import_peft
 from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import compare_prompts, generate_texts
-from workbench.edit import Edit
+from workbench.edit import Edit, check_room, kept
 from workbench.editors import Editor, EditRequest, Proposal, open_editor
 from workbench.errors import EditError
 from workbench.models import LanguageModel, Quantization, open_model
@@ -34,10 +35,13 @@ class Workbench:
         lm: The model; may be shared with other workbenches. What is edited is the editor's own,
             which over a trained base (ENN) is a view of it.
         editor: Turns requests into updates; may be shared too.
+        most_bytes: Of edits that are kept: beyond, undo forgets the oldest actions, and an edit
+            that does not fit beside the live ones is refused.
     """
 
-    def __init__(self, lm: LanguageModel, editor: Editor) -> None:
+    def __init__(self, lm: LanguageModel, editor: Editor, most_bytes: float = inf) -> None:
         self.lm, self.editor = editor.lm, editor
+        self.most_bytes = most_bytes
         self._stack = EditStack()
         self._edits: dict[int, Edit] = {}
         self._observers: list[Callable[[], object]] = []
@@ -78,7 +82,7 @@ class Workbench:
         Args:
             edits: With this one's edits and history, which then go separate ways.
         """
-        bench = Workbench(self.lm, self.editor)
+        bench = Workbench(self.lm, self.editor, self.most_bytes)
         if edits:
             bench._stack, bench._edits = self._stack.copy(), dict(self._edits)
         return bench
@@ -150,10 +154,9 @@ class Workbench:
         origin: Proposal | EditTrace | None,
     ) -> Edit:
         edit = Edit(max(self._edits, default=0) + 1, requests, update, seconds, self.lm, origin)
+        check_room(self.edits, edit, self.most_bytes)
         self._stack.push(edit.id, update)
-        reachable = self._stack.ids()
-        self._edits = {id: made for id, made in self._edits.items() if id in reachable}
-        self._edits[edit.id] = edit
+        self._edits = kept(self._stack, self._edits | {edit.id: edit}, self.most_bytes)
         self._changed()
         return edit
 

@@ -203,6 +203,11 @@ class Update(Mapping[str, LayerUpdate]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its factors take."""
+        return sum(layer.A.nbytes + layer.B.nbytes for layer in self.values())
+
     @classmethod
     def sum(cls, updates: Iterable[Update]) -> Update:
         """The sum of several updates, concatenated once a layer; empty for none."""
