@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup app test browser lint types fmt notebooks bench tables screenshots \
+.PHONY: help setup app test browser lint types fmt notebooks bench soak tables screenshots \
 	docs package space audit lock clean
 
 help:  ## list the commands
@@ -71,6 +71,9 @@ notebooks: setup browser  ## execute the notebooks in place (ARGS="01 05")
 
 bench: setup  ## measure speed and memory (ARGS="--only edit --rounds 30")
 	$(PY) -m tests.benchmarks $(ARGS)
+
+soak: setup  ## let many users edit at once, and look for leaks (ARGS="--tiny --seconds 20")
+	$(PY) -m tests.soak $(ARGS)
 
 tables: setup  ## train and measure what assets/results compares (ARGS="--only together")
 	$(PY) -m workbench.recipes.tables $(ARGS)

@@ -27,6 +27,10 @@ from workbench import Workbench, WorkbenchError
 from workbench.tables import CSS
 
 HOURS = 3600
+SESSIONS = 500  # that are kept; the one unused for longest makes room for another
+FORGOTTEN = 24 * HOURS  # after its last action; after one hour, by Gradio, where its page is closed
+WAITING = 64  # requests of all users; more are refused with a message, not kept waiting
+AT_ONCE = 4  # requests of each other kind
 # The model runs for so many users at once; the others wait in the queue.
 MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -83,8 +87,9 @@ def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = Fals
         analytics_enabled=False,
         delete_cache=(HOURS, 24 * HOURS),
     ) as app:
+        app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
         session = Session(shelf, Runs(runs))
-        state = gr.State(session, time_to_live=24 * HOURS, delete_callback=Session.close)
+        state = gr.State(session, time_to_live=FORGOTTEN, delete_callback=Session.close)
         header = gr.HTML(
             markup.header(workbench, session.editor), elem_classes="header", apply_default_css=False
         )
@@ -127,6 +132,8 @@ def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = Fals
             for ended in (asked.success, asked.failure):  # `then` does not follow a refusal
                 ended(None, js=_ANSWERED, **PRIVATE)
 
+        # Gradio counts the time to live from when an event gives the session back.
+        app.load(lambda session: session, state, state, queue=False, **PRIVATE)
         said = gr.Textbox(visible=False)  # by the browser
         waiting = gr.Checkbox(visible=False)
         cancel.click(page.cancel, [state, waiting], js=_CANCEL, queue=False, **PRIVATE)
@@ -182,7 +189,12 @@ def _opening(
 ) -> None:
     """Wire the tab of models and editors."""
     wanted, said, shown = [state, tab["source"], tab["quantize"]], tab["said"], [header, editor]
-    one_at_a_time: dict[str, Any] = {"concurrency_id": "opening", "trigger_mode": "once", **PRIVATE}
+    one_at_a_time: dict[str, Any] = {
+        "concurrency_id": "opening",
+        "concurrency_limit": 1,
+        "trigger_mode": "once",
+        **PRIVATE,
+    }
     tab["estimate"].click(models.estimate, wanted, said, **one_at_a_time)
     for event in (tab["open"].click, tab["source"].submit):
         event(
@@ -230,8 +242,9 @@ def _endpoints(state: gr.State, form: Sequence[gr.Textbox]) -> None:
         **{name: [number] for name in ("toggle", "remove", "inspect", "probe")},
     }
     for name, handler in ENDPOINTS.items():
-        outputs = [state, answer] if name == "edit" else [answer]
-        gr.on([], handler, [state, *inputs.get(name, [])], outputs, api_name=name, **MODEL)
+        asked = [state, *inputs.get(name, [])]
+        gr.on([], handler, asked, [state, answer], api_name=name, **MODEL)
+    gr.on([], api.cancel, state, state, api_name="cancel", concurrency_limit=None)
 
 
 def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
@@ -263,7 +276,7 @@ def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
         "ssr_mode": False,
         "pwa": False,
         "enable_monitoring": False,
-        "state_session_capacity": 500,
+        "state_session_capacity": SESSIONS,
         "max_file_size": "1gb",
     }
     return app.launch(**(settings | options))

@@ -76,7 +76,7 @@ def look(client: Client, prompt: str = FRANCE[0]) -> dict:
 
 def test_endpoints_are_named(client: Client):
     described = client.view_api(return_format="dict", print_info=False)
-    assert set(described["named_endpoints"]) == {f"/{name}" for name in ENDPOINTS}  # type: ignore[index]
+    assert set(described["named_endpoints"]) == {f"/{name}" for name in (*ENDPOINTS, "cancel")}  # type: ignore[index]
 
 
 def test_an_edit_is_made_undone_exactly_and_done_again(client: Client):

@@ -6,14 +6,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import gradio as gr
 import pytest
 import torch
 from families import language_model
 
-from apps.editor import page
+from apps.editor import api, page
 from apps.editor.sessions import SCREEN, Session
 from apps.editor.shelf import Shelf
-from workbench import Comparison, EditStack, FineTune, FineTuneConfig, Workbench
+from workbench import Comparison, EditError, EditStack, FineTune, FineTuneConfig, Workbench
 from workbench.cancel import cancellable, checkpoint
 from workbench.errors import Cancelled
 from workbench.probes import Probe
@@ -227,4 +228,17 @@ def test_what_is_refused_restores_the_table(session: Session) -> None:
     assert seen[-1][1] == session.table
     with pytest.raises(Exception, match="target is empty"):
         next(parts)
+    assert state(session) == before
+
+
+def test_an_endpoint_that_fails_leaves_no_trace(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise EditError("nothing to see")
+
+    before = state(session)
+    monkeypatch.setattr(Workbench, "compare", refuse)
+    with pytest.raises(gr.Error, match="nothing to see"):
+        api.edit(session, "abba is", "xy")
     assert state(session) == before

@@ -70,7 +70,7 @@ class Session:
         model.users.add(self)
         self.model = model
         self.editor = model.preferred
-        self.look_at(Workbench(model.lm, model.editors[self.editor]))
+        self.look_at(Workbench(model.lm, model.editors[self.editor], model.most_bytes))
 
     def look_at(self, bench: Workbench) -> None:
         """Take another workbench over the same model, with nothing of it on the screen yet."""
@@ -145,8 +145,8 @@ class Session:
         return self.bench.compare(probes, watch=self.watch)
 
     @contextmanager
-    def whole(self, watch: Callable[[Comparison], object]) -> Iterator[None]:
-        """One action at a time, done or, if it is cancelled, not begun.
+    def whole(self, watch: Callable[[Comparison], object] | None = None) -> Iterator[None]:
+        """One action at a time, done or, if it fails or is cancelled, not begun.
 
         Args:
             watch: Called as the rows of a comparison grow.
@@ -162,7 +162,7 @@ class Session:
                         self.cancelled.set()
                     checkpoint()
                     yield
-            except Cancelled:
+            except BaseException:
                 self.bench, self.editor, self.shown, self.probes, self.probes_of = kept
                 raise
             finally:

@@ -24,6 +24,8 @@ LABELS = {
     "ft": "Fine-tuning",
 }
 
+KEPT = 2**29  # bytes of one user's edits, undone ones among them
+
 
 @dataclass(eq=False)
 class OpenModel:
@@ -43,6 +45,11 @@ class OpenModel:
     def preferred(self) -> str:
         """Name of the editor to begin with: a trained one where there is one."""
         return [*self.editors][-1]
+
+    @property
+    def most_bytes(self) -> int:
+        """Of one user's edits that are kept: `KEPT`, or as many as the model's own if more."""
+        return max(KEPT, self.lm.model.get_memory_footprint())
 
     def add(self, folder: str | Path) -> tuple[str, str]:
         """Offer a trained editor to all users of the model.
