@@ -47,6 +47,7 @@ MIB = 2**20
 # What Gradio remembers of each session until `state_session_capacity` of them have come.
 REMEMBERED = MIB
 SLACK = 32 * MIB  # of allocators
+ACTIONS = 4  # of `User.live`; so many users do all of them at least
 NAMES = "Ada", "Ben", "Cora", "Dirk", "Elsa", "Finn", "Gwen", "Hugo"
 SEEN = "edited_text", "edited_probability", "divergence"
 
@@ -301,14 +302,15 @@ def soak(bench: Workbench, sessions: int, seconds: float) -> Report:
         seconds: How long they stay.
 
     Returns:
-        What happened. Memory is compared with that after as many users have come and gone once.
+        What happened. Memory is compared with that after as many users have come and gone once,
+        and have done each of the actions.
     """
     report = Report(sessions, seconds)
-    facts = [Fact.of(bench, number) for number in range(sessions)]
+    facts = [Fact.of(bench, number) for number in range(max(sessions, ACTIONS))]
     with served(bench) as app:
         report.held = remaining(wave(app, facts, report, 0))
         report.start = resident()
-        report.held += remaining(wave(app, facts, report, seconds))
+        report.held += remaining(wave(app, facts[:sessions], report, seconds))
         report.after = resident()
     return report
 
