@@ -47,9 +47,11 @@ LAYERS = (
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 HEAVY = (
-    *("accelerate", "anywidget", "bitsandbytes", "datasets", "gradio", "ipywidgets", "networkx"),
-    *("peft", "plotly", "transformers"),
+    *("accelerate", "anywidget", "bitsandbytes", "datasets", "gradio", "ipywidgets", "lm_eval"),
+    *("networkx", "peft", "plotly", "tensorboard", "transformers"),
 )
+# The extras for users; the others serve documentation, figures as files, and development.
+USERS = ("app", "datasets", "evaluation", "notebooks", "peft", "quant", "tensorboard")
 UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
@@ -221,7 +223,7 @@ def test_the_lock_pins_no_variant_of_a_build():
 def test_conda_environment_lists_the_users_requirements():
     environment = yaml.safe_load(read(ROOT / "environment.yml"))
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert pip == requirements("app", "notebooks", "peft", "quant")
+    assert pip == requirements(*USERS)
 
 
 def test_one_version_everywhere():
