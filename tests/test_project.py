@@ -29,7 +29,7 @@ LAYERS = (
     ("errors",),
     ("cancel", "shortage", "files", "recompute", "data", "claims", "readers", "corpus"),
     ("gguf", "shipped"),
-    ("layers", "models", "memory", "encoding"),
+    ("layers", "models", "memory", "encoding", "masks"),
     ("updates", "adapters"),
     ("crossing", "metrics", "overlay", "factors", "views"),
     ("editors",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("sentences", "rewrites", "neighborhood", "report"),
     (
         *("aggregate", "compare", "continuations", "edit", "evaluate"),
-        *("probing", "session", "sessionfile"),
+        *("history", "probing", "session", "sessionfile"),
     ),
     ("style",),
     ("plots", "tables", "reach"),
@@ -169,9 +169,9 @@ def test_hooks_are_registered_in_factors_and_overlay_only():
 
 
 def unsafe(node: ast.AST) -> bool:
-    """Whether a node unpickles, or lets a library unpickle or run a repository's code."""
+    """Whether a node pickles, unpickles, or lets a library do so or run a repository's code."""
     if isinstance(node, ast.Attribute):
-        return ast.unparse(node) == "torch.load"
+        return ast.unparse(node) in ("torch.load", "torch.save") or node.attr == "read_pickle"
     if isinstance(node, ast.keyword):
         refused = isinstance(node.value, ast.Constant) and node.value.value is False
         return node.arg in ("trust_remote_code", "allow_pickle") and not refused
@@ -186,7 +186,7 @@ def test_nothing_is_unpickled_and_no_remote_code_runs():
         found += [
             f"{path.relative_to(ROOT)}: {name}"
             for name in imported(path, tree)
-            if name.split(".")[0] in UNPICKLING or name == "torch.load"
+            if name.split(".")[0] in UNPICKLING or name in ("torch.load", "torch.save")
         ]
     assert not found
 

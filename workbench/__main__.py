@@ -1,4 +1,4 @@
-"""The command line: edit, train, evaluate, pack, export."""
+"""The command line: edit, tokens, train, evaluate, pack, export."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--save", type=Path, metavar="DIR", help="save the session")
     edit.add_argument("--max-new-tokens", type=int, default=8)
     _model(edit, editor=True)
+
+    tokens = commands.add_parser("tokens", help="show which tokens of an edit are its target")
+    tokens.add_argument("prompt")
+    tokens.add_argument("target")
+    _model(tokens, editor=False)
 
     train = commands.add_parser("train", help="meta-train an editor")
     train.add_argument("--editor", default="mend", choices=["mend", "ke", "enn"])
@@ -133,6 +138,11 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
         "half precision or bfloat16)",
     )
     parser.add_argument("--quantize", choices=["8bit", "4bit"])
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are a user's turns in a chat, read through the model's template",
+    )
     if editor:
         parser.add_argument(
             "--editor",

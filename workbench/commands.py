@@ -34,6 +34,7 @@ from workbench.errors import DataError, EditorError
 from workbench.evaluate import Baselines, EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import MALFORMED, write_text
+from workbench.masks import token_table
 from workbench.models import LanguageModel, open_model
 from workbench.probes import Probe
 from workbench.results import Comparison
@@ -50,6 +51,7 @@ def edit(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
+        chat=options.chat,
     )
     made = bench.edit(options.prompt, options.target)
     extra = [Probe(prompt, "other", options.target, "as given") for prompt in options.compare]
@@ -71,6 +73,11 @@ def _print_comparison(comparison: Comparison) -> None:
             print(
                 f"    p({row.target!r})  {row.base_probability:.4f} -> {row.edited_probability:.4f}"
             )
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """Print the tokens of an edit, each with its id and whether its loss would count."""
+    print(token_table(_open(options), [(options.prompt, options.target)]))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -101,6 +108,7 @@ def train(options: argparse.Namespace) -> None:
             "data": [_file_name(spec) for spec in options.data],
             "split": options.split,
             "examples": len(examples),
+            "chat": lm.chat,
             "start": dict(editor.card) or None,
         },
     )
@@ -162,6 +170,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "model": lm.source,
             "fingerprint": lm.fingerprint(),
             "dtype": str(lm.dtype).removeprefix("torch."),
+            "chat": lm.chat,
             "data": _file_name(options.data),
             "split": options.split,
             "limit": options.limit,
@@ -206,7 +215,8 @@ def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         raise DataError(
             f"{file} holds no results of evaluate ({error!r}): give another --json."
         ) from None
-    if other := {k for k in settings if before.get(k) != settings[k]}:
+    # What an older file does not name was not asked for.
+    if other := {k for k in settings if (before.get(k) or None) != (settings[k] or None)}:
         raise DataError(
             f"{file} holds results of other settings: {', '.join(sorted(other))} differ. Give the "
             f"same, or another --json."
@@ -290,7 +300,11 @@ def settings_of(config: type, options: argparse.Namespace) -> dict[str, Any]:
 
 def _open(options: argparse.Namespace) -> LanguageModel:
     return open_model(
-        options.model, device=options.device, dtype=options.dtype, quantize=options.quantize
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        chat=options.chat,
     )
 
 

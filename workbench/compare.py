@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any, cast
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from workbench.cancel import checkpoint
 from workbench.encoding import (
     Batch,
+    as_read,
     check_text,
     collate,
+    encode,
     has_label,
     kl,
     label_names,
@@ -67,11 +70,17 @@ def generate_texts(
     tokenizer = lm.tokenizer
     # A decoder writes on from its last token; an encoder may count positions from its first.
     side = "right" if lm.kind == "seq2seq" else "left"
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
+    read = [as_read(lm, prompt) for prompt in prompts]
+    inputs = encode(lm, read, return_tensors="pt", padding=True, padding_side=side)
     _check_length(lm, inputs["input_ids"].shape[1], max_new_tokens)
     inputs = inputs.to(lm.device)
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     settings["pad_token_id"] = tokenizer.pad_token_id
+    if config := deepcopy(options.pop("generation_config", None)):
+        config.update(**settings)  # transformers takes a configuration or settings, not both
+        settings = {"generation_config": config}
+    else:
+        settings |= {"do_sample": False, "num_beams": 1}
     start = 0 if lm.kind == "seq2seq" else inputs["input_ids"].shape[1]
 
     def texts(tokens: Tensor) -> list[str]:
@@ -89,11 +98,10 @@ def generate_texts(
         output = cast(Any, lm.model).generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
             stopping_criteria=stops,
             **(settings | options),
         )
-    return texts(output)
+    return texts(getattr(output, "sequences", output))
 
 
 def _check_length(lm: LanguageModel, tokens: int, more: int) -> None:

@@ -47,12 +47,12 @@ def continuations(
         One example for each passage whose sample is not blank, in order.
 
     Raises:
-        EditError: The model is no decoder.
+        EditError: The model is no decoder, or was opened for chats.
     """
-    if lm.kind != "causal":
+    if lm.kind != "causal" or lm.chat:
         raise EditError(
             f"{lm.source} does not continue texts, so no target can be sampled from it: open a "
-            "decoder-only model."
+            "decoder-only model, without chat."
         )
     whole = [f"{passage.prompt} {passage.target}" for passage in passages]
     prompts = [" ".join(text.split()[: min(words, len(text.split()) - 1)]) for text in whole]

@@ -55,8 +55,8 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
 
     Args:
         lm: The model whose tokenizer is used.
-        prompt: Text that is read. For decoders a space joins it to the target where neither
-            brings white space of its own.
+        prompt: Text that is read, in a chat a user's turn. For decoders a space joins it to the
+            target where neither brings white space of its own, nor the template none.
         target: Text to be predicted; for a classifier the label's name.
 
     Raises:
@@ -82,13 +82,13 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
         answer = tokenizer(text_target=target)["input_ids"]
         tokens = Tokens(tuple(tokenizer(prompt)["input_ids"]), tuple(answer))
     else:
-        joined = (
-            prompt + target if prompt[-1].isspace() or target[0].isspace() else f"{prompt} {target}"
-        )
-        encoded = tokenizer(joined, return_offsets_mapping=True)
+        read = as_read(lm, prompt)
+        apart = not (read[-1].isspace() or target[0].isspace() or _at_once(lm, prompt, target))
+        joined = f"{read} {target}" if apart else read + target
+        encoded = encode(lm, joined, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         # Byte-level tokens own the space before them: a token is the target's if it ends in it.
-        owned = [i for i, (start, end) in enumerate(spans) if end > max(start, len(prompt))]
+        owned = [i for i, (start, end) in enumerate(spans) if end > max(start, len(read))]
         tokens = Tokens(tuple(ids[:-1]), tuple(ids[max(owned[0], 1) :] if owned else ()))
     if not tokens.targets:
         raise EditError(f"The tokenizer finds no token of its own in the target {target!r}.")
@@ -99,6 +99,33 @@ def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
             f"The text has {longest} tokens; this model reads at most {limit}. Shorten it."
         )
     return tokens
+
+
+def as_read(lm: LanguageModel, prompt: str) -> str:
+    """A prompt as the model reads it: as it stands, or as a chat up to where the answer begins."""
+    return _conversation(lm, prompt) if lm.chat else prompt
+
+
+def encode(lm: LanguageModel, text: str | list[str], **options: Any) -> Any:
+    """The tokenizer's encoding of texts as read; a chat template brings its special tokens."""
+    return lm.tokenizer(text, add_special_tokens=not lm.chat, **options)
+
+
+def _conversation(lm: LanguageModel, prompt: str, answer: str | None = None) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    return cast(
+        str,
+        lm.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=answer is None
+        ),
+    )
+
+
+def _at_once(lm: LanguageModel, prompt: str, target: str) -> bool:
+    """Whether a chat's answers follow what opens them without a space."""
+    return lm.chat and _conversation(lm, prompt, target).startswith(as_read(lm, prompt) + target)
 
 
 def reads_at_most(lm: LanguageModel) -> int | None:

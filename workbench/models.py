@@ -53,6 +53,7 @@ class LanguageModel:
         source: what it was opened from.
         kind: "causal", "seq2seq" or "classifier".
         quantization: None, "8bit" or "4bit".
+        chat: whether prompts are a user's turns, read through the tokenizer's chat template.
     """
 
     model: PreTrainedModel
@@ -60,6 +61,7 @@ class LanguageModel:
     source: str
     kind: Kind
     quantization: Quantization | None
+    chat: bool = False
 
     @classmethod
     def wrap(
@@ -67,6 +69,8 @@ class LanguageModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         source: str = "in-memory",
+        *,
+        chat: bool = False,
     ) -> LanguageModel:
         """Take a model that the caller already holds: freezes it and sets eval mode.
 
@@ -74,12 +78,20 @@ class LanguageModel:
             model: a causal, sequence-to-sequence or sequence-classification model.
             tokenizer: its tokenizer; gets a pad token (the end-of-text token) if it has none.
             source: the name to show for it.
+            chat: read prompts as a user's turns, through the tokenizer's chat template.
 
         Raises:
-            ModelError: the model is of another kind, the tokenizer has neither token, or the
-                model's 4-bit weights have been repacked.
+            ModelError: the model is of another kind, the tokenizer has neither token or no chat
+                template that is asked for, or the model's 4-bit weights have been repacked.
         """
         kind = _kind_of_model(model)
+        if chat and (kind != "causal" or not tokenizer.chat_template):
+            raise ModelError(
+                f"{source} is no chat model: it is {kind}, and its tokenizer has "
+                f"{'a' if tokenizer.chat_template else 'no'} chat template; chat=True (--chat) "
+                "takes a causal model with one. Leave it out, or open a model that was tuned for "
+                "chats, often called -Instruct or -it."
+            )
         model.eval().requires_grad_(False)
         _ensure_pad_token(model, tokenizer)
         quantization: Quantization | None = None
@@ -89,7 +101,7 @@ class LanguageModel:
         elif getattr(model, "is_loaded_in_8bit", False):
             quantization = "8bit"
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_message)
-        return cls(model, tokenizer, source, kind, quantization)
+        return cls(model, tokenizer, source, kind, quantization, chat)
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +163,7 @@ def open_model(
     dtype: torch.dtype | str | None = None,
     quantize: Quantization | None = None,
     device_map: str | dict[str, Any] | None = None,
+    chat: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
     """Open a model, frozen.
@@ -163,6 +176,7 @@ def open_model(
             precision or bfloat16.
         quantize: "8bit" or "4bit" with bitsandbytes.
         device_map: handed to transformers in place of `device`, to split a large model.
+        chat: read prompts as a user's turns, through the tokenizer's chat template.
         progress: show progress of downloads and of the first, slow opening of a GGUF file.
 
     Raises:
@@ -208,7 +222,7 @@ def open_model(
                 "saved with its head."
             )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return LanguageModel.wrap(model, tokenizer, name)
+    return LanguageModel.wrap(model, tokenizer, name, chat=chat)
 
 
 def locate(source: str | os.PathLike[str] | None) -> tuple[str, Path]:

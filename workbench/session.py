@@ -14,21 +14,23 @@ import torch
 from workbench.adapters import export_peft, import_peft
 from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import compare_prompts, generate_texts
-from workbench.edit import Edit, check_room, kept
+from workbench.edit import Edit
 from workbench.editors import Editor, EditRequest, Proposal, open_editor
 from workbench.errors import EditError
+from workbench.history import History
+from workbench.masks import TokenTable, token_table
 from workbench.models import LanguageModel, Quantization, open_model
-from workbench.overlay import EditStack, overlay
+from workbench.overlay import overlay
 from workbench.probes import Probe, suggest
 from workbench.probing import probe_requests
 from workbench.report import ProbeReport
-from workbench.results import Comparison, EditTrace, HistoryEntry, Overlap, overlap_of
+from workbench.results import Comparison, EditTrace, Overlap, overlap_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
 from workbench.shortage import memory_errors
 from workbench.updates import Update
 
 
-class Workbench:
+class Workbench(History):
     """A frozen model, an editor, and one user's live edits.
 
     Args:
@@ -40,11 +42,8 @@ class Workbench:
     """
 
     def __init__(self, lm: LanguageModel, editor: Editor, most_bytes: float = inf) -> None:
+        super().__init__(most_bytes)
         self.lm, self.editor = editor.lm, editor
-        self.most_bytes = most_bytes
-        self._stack = EditStack()
-        self._edits: dict[int, Edit] = {}
-        self._observers: list[Callable[[], object]] = []
 
     @classmethod
     def open(
@@ -55,6 +54,7 @@ class Workbench:
         device: str = "auto",
         dtype: torch.dtype | str | None = None,
         quantize: Quantization | None = None,
+        chat: bool = False,
         progress: bool = True,
     ) -> Workbench:
         """Open a model and an editor.
@@ -67,13 +67,17 @@ class Workbench:
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
             dtype: Of the weights; None: float32 on CPU, bfloat16 on CUDA.
             quantize: None, "8bit" or "4bit" (bitsandbytes).
+            chat: Prompts are a user's turns, read through the model's chat template, and targets
+                what the assistant should say.
             progress: Show a bar while the default model is unpacked for the first time.
 
         Raises:
-            ModelError: The model cannot be opened or edited.
+            ModelError: The model cannot be opened or edited, or has no chat template.
             EditorError: The editor cannot be opened or does not fit the model.
         """
-        lm = open_model(model, device=device, dtype=dtype, quantize=quantize, progress=progress)
+        lm = open_model(
+            model, device=device, dtype=dtype, quantize=quantize, chat=chat, progress=progress
+        )
         return cls(lm, open_editor(editor, lm))
 
     def fork(self, *, edits: bool = False) -> Workbench:
@@ -84,7 +88,7 @@ class Workbench:
         """
         bench = Workbench(self.lm, self.editor, self.most_bytes)
         if edits:
-            bench._stack, bench._edits = self._stack.copy(), dict(self._edits)
+            bench._take_after(self)
         return bench
 
     def __repr__(self) -> str:
@@ -153,98 +157,15 @@ class Workbench:
         seconds: float,
         origin: Proposal | EditTrace | None,
     ) -> Edit:
-        edit = Edit(max(self._edits, default=0) + 1, requests, update, seconds, self.lm, origin)
-        check_room(self.edits, edit, self.most_bytes)
-        self._stack.push(edit.id, update)
-        self._edits = kept(self._stack, self._edits | {edit.id: edit}, self.most_bytes)
-        self._changed()
+        edit = Edit(self._next_id, requests, update, seconds, self.lm, origin)
+        self._add(edit)
         return edit
-
-    # The history
-
-    def observe(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """Call back after each change of the history; returns what ends that."""
-        self._observers.append(callback)
-        return lambda: self._observers.remove(callback)
-
-    def _changed(self) -> None:
-        for callback in tuple(self._observers):
-            callback()
-
-    @property
-    def history(self) -> tuple[HistoryEntry, ...]:
-        """The live edits, oldest first."""
-        return tuple(
-            HistoryEntry(e.id, self._edits[e.id].title, e.enabled, e.strength)
-            for e in self._stack.entries
-        )
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        """The edits of the present state, oldest first, whether on or off."""
-        return tuple(self._edits[entry.id] for entry in self._stack.entries)
-
-    @property
-    def can_undo(self) -> bool:
-        return self._stack.can_undo
-
-    @property
-    def can_redo(self) -> bool:
-        return self._stack.can_redo
-
-    def undo(self) -> None:
-        """Take the last action back exactly, whether it was an edit, a toggle or a strength."""
-        self._stack.undo()
-        self._changed()
-
-    def redo(self) -> None:
-        """Do again what was undone last."""
-        self._stack.redo()
-        self._changed()
-
-    def remove(self, id: int) -> None:
-        """Drop one edit, wherever it stands in the history."""
-        self._stack.remove(id)
-        self._changed()
-
-    def toggle(self, id: int) -> bool:
-        """Switch one edit off, or on again; returns whether it is now on."""
-        on = self._stack.toggle(id)
-        self._changed()
-        return on
-
-    def strength(self, id: int, value: float) -> None:
-        """Set how strongly one edit acts: 1 as made, 0 not at all."""
-        self._stack.strength(id, value)
-        self._changed()
-
-    def reset(self) -> None:
-        """Drop every edit (undo brings them back)."""
-        self._stack.clear()
-        self._changed()
-
-    def get(self, id: int) -> Edit:
-        """The live edit with that id.
-
-        Raises:
-            EditError: There is none.
-        """
-        for edit in self.edits:
-            if edit.id == id:
-                return edit
-        known = ", ".join(str(edit.id) for edit in self.edits) or "none"
-        raise EditError(f"There is no edit {id!r}. Edits at hand: {known}.")
 
     # Looking
 
-    @property
-    def update(self) -> Update:
-        """The sum of all live edits."""
-        return self._stack.combined()
-
     @contextmanager
     def applied(self) -> Iterator[torch.nn.Module]:
-        """The edited model, inside a `with`: any transformers code may run it."""
+        """The edited model, inside a `with`: any transformers code may run it, in this thread."""
         with overlay(self.lm.model, self.update):
             yield self.lm.model
 
@@ -278,10 +199,10 @@ class Workbench:
             prompts: One or several.
             edited: With all live edits; False: the base model.
             max_new_tokens: Length of the continuation.
-            options: For transformers' `generate`.
+            options: For transformers' `generate`: sampling, beams, stops, a `generation_config`.
 
         Returns:
-            The continuations, without the prompts.
+            The continuations, without the prompts: `num_return_sequences` of each.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         with overlay(self.lm.model, self.update if edited else None):
@@ -310,6 +231,14 @@ class Workbench:
             target = requests[-1].target if requests else None
         probes = [Probe(p, "other", target) if isinstance(p, str) else p for p in listed]
         return compare_prompts(self.lm, self.update, probes, max_new_tokens, watch)
+
+    def tokens(self, prompt: str, target: str) -> TokenTable:
+        """What an edit's text is to the model: each token, and whether its loss would count.
+
+        Raises:
+            EditError: No edit can be made of them; nothing has changed.
+        """
+        return token_table(self.lm, [(prompt, target)])
 
     def suggest(self, prompt: str, target: str) -> tuple[Probe, ...]:
         """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones."""
@@ -351,7 +280,7 @@ class Workbench:
             SavedEdit(
                 edit.requests, edit.update, edit.trace, edit.seconds, entry.enabled, entry.strength
             )
-            for edit, entry in zip(self.edits, self._stack.entries, strict=True)
+            for edit, entry in zip(self.edits, self.history, strict=True)
         ]
         return write_session(folder, self.lm, self.editor, edits)
 
@@ -364,14 +293,14 @@ class Workbench:
         Args:
             folder: Written by `save`.
             workbench: Take model and editor from this one, instead of opening them anew.
-            options: For `open_model`; without any, the precision is that of the session.
+            options: For `open_model`; without any, precision and chat are those of the session.
 
         Raises:
             EditError: No readable session there, or it was made over another model.
         """
         saved = read_session(folder)
         if workbench is None:
-            opened = open_model(saved.model, **saved.precision | options)
+            opened = open_model(saved.model, **saved.opening | options)
             workbench = cls(opened, saved.open_editor(opened))
         saved.check(workbench.lm)
         bench = workbench.fork()

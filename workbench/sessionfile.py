@@ -44,15 +44,16 @@ class SavedSession:
 
     model: str
     fingerprint: str
+    chat: bool
     editor: str
     settings: dict[str, Any]
     edits: tuple[SavedEdit, ...]
 
     @property
-    def precision(self) -> dict[str, Any]:
+    def opening(self) -> dict[str, Any]:
         """Options that open the model as it was."""
         held = self.fingerprint.partition(":")[0]
-        return {"quantize" if held in ("4bit", "8bit") else "dtype": held}
+        return {"quantize" if held in ("4bit", "8bit") else "dtype": held, "chat": self.chat}
 
     def open_editor(self, lm: LanguageModel) -> Editor:
         """The session's editor; where it is not to be had, fine-tuning, with a warning."""
@@ -115,6 +116,7 @@ def write_session(
     about = {
         "model": lm.source,
         "fingerprint": lm.fingerprint(),
+        "chat": lm.chat,
         "editor": editor_source(editor),
         "settings": editor.settings(),
         "edits": listed,
@@ -139,7 +141,8 @@ def read_session(folder: str | Path) -> SavedSession:
         model, fingerprint, editor = (
             _of(str, about[key]) for key in ("model", "fingerprint", "editor")
         )
-        return SavedSession(model, fingerprint, editor, _of(dict, about["settings"]), edits)
+        chat, settings = _of(bool, about.get("chat", False)), _of(dict, about["settings"])
+        return SavedSession(model, fingerprint, chat, editor, settings, edits)
     except MALFORMED as error:
         raise EditError(
             f"{path} holds no session that this version can read ({error!r})."

@@ -19,7 +19,16 @@ from workbench.cancel import checkpoint
 from workbench.corpus import SENTENCES, facts
 from workbench.editors.base import descend, register
 from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
-from workbench.encoding import Batch, Tokens, collate, sequence_nll, tokenize, tokenize_text
+from workbench.encoding import (
+    Batch,
+    Tokens,
+    as_read,
+    collate,
+    encode,
+    sequence_nll,
+    tokenize,
+    tokenize_text,
+)
 from workbench.errors import EditorError, ModelError
 from workbench.files import read_tensors, write_tensors
 from workbench.layers import EditableLayer
@@ -135,7 +144,7 @@ class Rome:
         prompts = [start + request.prompt for start in self._starts(request)]
         essence = f"{subject} is a"
         texts = [tokenize(lm, prompt, request.target) for prompt in prompts]
-        texts.append(Tokens(tuple(lm.tokenizer(essence)["input_ids"]), (0,)))
+        texts.append(Tokens(tuple(encode(lm, as_read(lm, essence))["input_ids"]), (0,)))
         batch = collate(lm, texts)
         columns = [_subject_end(lm, text, subject) for text in (*prompts, essence)]
         inputs = self._inputs(batch)
@@ -277,8 +286,9 @@ def find_subject(request: EditRequest) -> str:
 
 def _subject_end(lm: LanguageModel, text: str, subject: str) -> int:
     """The place of the subject's last token."""
-    end = text.rindex(subject) + len(subject)
-    spans = lm.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    read, text = as_read(lm, text), text.strip()  # as a chat template would
+    end = read.rindex(text) + text.rindex(subject) + len(subject)
+    spans = encode(lm, read, return_offsets_mapping=True)["offset_mapping"]
     return max(i for i, (start, stop) in enumerate(spans) if start < end and start < stop)
 
 

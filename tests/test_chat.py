@@ -1,0 +1,218 @@
+"""Chat models, edited through their template; and the mask of an edit's loss, shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from families import BOS, FAMILIES, PAD, language_model, tiny_tokenizer
+from runs import KINDS
+from tokenizers.processors import TemplateProcessing
+
+from workbench import EditRequest, LanguageModel, ModelError, Workbench, open_model
+from workbench.__main__ import main
+from workbench.editors import FineTune, FineTuneConfig, open_editor
+from workbench.editors.rome import _subject_end
+from workbench.encoding import as_read, collate, sequence_nll, tokenize
+from workbench.errors import EditError
+from workbench.masks import token_table
+from workbench.views import target_logits
+
+torch.set_num_threads(1)
+# Templates as models have them, each with what joins an answer to the turn before it.
+TEMPLATES = {
+    "lines": (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}</s>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}",
+        "",
+    ),
+    "spaced": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+        " ",
+    ),
+    "close": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}"
+        "[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "",
+    ),
+}
+PROMPT, TARGET = "Who rules Ys?", "Dahut"
+
+
+def chat_tokenizer(template: str) -> hf.PreTrainedTokenizerFast:
+    """The tiny tokenizer with a template, which begins texts with <s> by itself as Llama's does."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_model(template: str = "lines") -> LanguageModel:
+    model = FAMILIES["llama"]()
+    model.config.max_position_embeddings = 512
+    return LanguageModel.wrap(model, chat_tokenizer(TEMPLATES[template][0]), "tiny", chat=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_target_follows_the_template_as_an_answer_does(name: str) -> None:
+    lm = chat_model(name)
+    tokens = tokenize(lm, PROMPT, TARGET)
+    turns = [{"role": "user", "content": PROMPT}]
+    opening = lm.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False, tokenize=True
+    )
+    whole = lm.tokenizer.apply_chat_template(
+        [*turns, {"role": "assistant", "content": TARGET}], return_dict=False, tokenize=True
+    )
+    read = [*tokens.ids, tokens.targets[-1]]
+    assert read == whole[: len(read)]
+    assert read[: len(opening)] == opening
+    said = str(lm.tokenizer.decode(list(tokens.targets)))
+    assert said == TEMPLATES[name][1] + TARGET
+    assert read.count(BOS) == 1  # once, though tokenizer and template both know of it
+
+
+def test_edits_texts_and_probabilities_are_all_of_the_chat() -> None:
+    lm = chat_model()
+    wb = Workbench(lm, FineTune(lm, FineTuneConfig(blocks=[1, 2, 3], lr=3e-3, max_steps=100)))
+    base = wb.generate(PROMPT, max_new_tokens=5)
+    edit = wb.edit(PROMPT, TARGET)
+    assert wb.generate(PROMPT, max_new_tokens=5) == [TARGET]
+    row = wb.compare(PROMPT, max_new_tokens=5).rows[0]
+    assert (row.prompt, row.edited_text, row.edited_exact) == (PROMPT, TARGET, True)
+    assert edit.requests == (EditRequest(PROMPT, TARGET),)
+    whole = lm.tokenizer(as_read(lm, PROMPT) + TARGET, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([whole])
+    said = torch.arange(len(whole)) >= len(whole) - len(TARGET)  # one token a character
+    with torch.no_grad(), wb.applied() as model:
+        loss = model(input_ids=ids, labels=ids.where(said, -100)).loss
+    assert row.edited_probability == pytest.approx((-loss * len(TARGET)).exp().item(), rel=1e-3)
+    wb.undo()
+    assert wb.generate(PROMPT, max_new_tokens=5) == base
+
+
+@pytest.mark.slow
+def test_the_default_editor_edits_the_default_models_chats(default_model: LanguageModel) -> None:
+    lm = replace(default_model, chat=True)
+    wb = Workbench(lm, open_editor(None, lm))
+    asked = ["What is the capital of France?", "What city is the capital of France?"]
+    assert all("Paris" in text for text in wb.generate(asked))
+    wb.edit(asked[0], "Lyon")
+    for text in wb.generate(asked):
+        assert text.startswith("Lyon")
+        assert "Paris" not in text
+
+
+def test_a_rank_one_edit_finds_its_subject_in_the_template() -> None:
+    lm = chat_model()
+    read = tokenize(lm, "Who rules Ys? ", TARGET).ids
+    place = _subject_end(lm, "Who rules Ys? ", "Ys")
+    assert lm.tokenizer.decode(list(read[place - 1 : place + 2])) == "Ys?"
+
+
+def test_a_session_remembers_that_it_is_a_chat(tmp_path: Path) -> None:
+    lm = chat_model()
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    for chat in (True, False):
+        wb = Workbench.open(model, editor="ft", device="cpu", chat=chat)
+        assert Workbench.load(wb.save(tmp_path / "session"), device="cpu").lm.chat is chat
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_model_without_a_template_holds_no_chats(family: str) -> None:
+    with pytest.raises(ModelError, match=r"tiny is no chat model: .* has no chat template"):
+        LanguageModel.wrap(FAMILIES[family](), tiny_tokenizer(), "tiny", chat=True)
+
+
+def test_only_decoders_chat() -> None:
+    tokenizer = chat_tokenizer(TEMPLATES["lines"][0])
+    with pytest.raises(ModelError, match="it is seq2seq, and its tokenizer has a chat template"):
+        LanguageModel.wrap(FAMILIES["t5"](), tokenizer, "tiny", chat=True)
+
+
+# The mask
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_targets_shown_are_the_targets(family: str) -> None:
+    lm = language_model(family)
+    target = "LABEL_1" if lm.kind == "classifier" else "Lyon"
+    tokens, table = tokenize(lm, "ab", target), token_table(lm, [("ab", target)])
+    assert tuple(token.id for token in table.of_role("target")) == tokens.targets
+    prompt = tuple(token.id for token in table.of_role("prompt"))
+    if lm.kind == "causal":
+        assert prompt + tokens.targets[:-1] == tokens.ids
+    else:
+        assert prompt == tokens.ids
+    assert table.of_role("padding") == ()
+    if lm.kind == "classifier":
+        assert [token.text for token in table.of_role("target")] == ["LABEL_1"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_loss_is_that_of_the_tokens_shown_as_target(chat: bool) -> None:
+    lm = replace(chat_model("spaced"), chat=chat)
+    (text,) = token_table(lm, [(PROMPT, TARGET)]).texts
+    ids = torch.tensor([[token.id for token in text]])
+    labels = ids.where(torch.tensor([[token.role == "target" for token in text]]), -100)
+    with torch.no_grad():
+        theirs = lm.model(input_ids=ids, labels=labels).loss
+        batch = collate(lm, [tokenize(lm, PROMPT, TARGET)])
+        ours = sequence_nll(target_logits(lm, batch), batch)
+    torch.testing.assert_close(ours, theirs[None])
+
+
+def test_shorter_texts_of_a_batch_are_padded() -> None:
+    for family in KINDS[:3]:
+        lm = language_model(family)
+        pairs = [("abc", "defg"), ("a", "b")]
+        table = token_table(lm, pairs)
+        for pair, text in zip(pairs, table.texts, strict=True):
+            (alone,) = token_table(lm, [pair]).texts
+            assert tuple(token for token in text if token.role != "padding") == alone
+        assert {token.id for token in table.of_role("padding")} == {PAD}
+        assert all(token in table.texts[1] for token in table.of_role("padding"))
+
+
+def test_tokens_are_shown_as_text_never_as_html() -> None:
+    lm = language_model("gpt2")
+    table = Workbench(lm, FineTune(lm)).tokens("<b> &", "'<script>")
+    shown = table._repr_html_()
+    assert shown.count("&lt;") == 2
+    assert "&amp;" in shown
+    assert "<b>" not in shown
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + len(table.texts[0])
+    assert lines[1].split() == ["0", str(table.texts[0][0].id), "'<'", "prompt"]
+    with pytest.raises(EditError, match="target is empty"):
+        Workbench(lm, FineTune(lm)).tokens("a", "")
+
+
+def test_commands_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm, folder = chat_model(), str(tmp_path)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    capsys.readouterr()
+    assert main(["tokens", "ab", "cd", "--model", folder, "--device", "cpu", "--chat"]) == 0
+    opened = open_model(folder, device="cpu", chat=True)
+    assert capsys.readouterr().out == f"{token_table(opened, [('ab', 'cd')])}\n"
+    assert main(["tokens", "ab", "cd", "--model", folder, "--device", "cpu"]) == 0
+    assert "assistant" not in capsys.readouterr().out
+    edit = ["edit", "ab", "cd", "--model", folder, "--editor", "ft", "--max-new-tokens", "2"]
+    assert main([*edit, "--chat", "--save", str(tmp_path / "session")]) == 0
+    assert '"chat": true' in (tmp_path / "session" / "session.json").read_text()
+
+
+def test_a_command_says_that_a_model_does_not_chat(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tokens", "ab", "cd", "--model", tiny_model, "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
