@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,7 @@ def trainer_for(
     editor: TrainableEditor | None = None,
     data: Sequence[EditExample] = (),
     on_step: Callable[[Progress, StepLosses], bool | None] | None = None,
+    on_record: Callable[[Mapping[str, Any]], object] | None = None,
     **config: Any,
 ) -> Trainer:
     """A small run, always the same; `config` goes over RUN's settings."""
@@ -117,6 +118,7 @@ def trainer_for(
         validation=found[9:],
         card={"data": "items"},
         on_step=on_step,
+        on_record=on_record,
     )
 
 

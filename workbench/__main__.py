@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--start", metavar="DIR", help="go on from this trained editor, with a new run's settings"
     )
     train.add_argument("--resume", action="store_true")
+    train.add_argument("--tensorboard", type=Path, metavar="DIR", help="log the losses there too")
     train.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")
     _model(train, editor=False)
     _settings(train)

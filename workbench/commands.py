@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from hashlib import sha256
 from itertools import compress
@@ -41,6 +42,7 @@ from workbench.results import Comparison
 from workbench.session import Workbench
 from workbench.shortage import memory_errors
 from workbench.training import Trainer, TrainingConfig
+from workbench.training.tensorboard import tensorboard_log
 
 
 def edit(options: argparse.Namespace) -> None:
@@ -97,22 +99,25 @@ def train(options: argparse.Namespace) -> None:
     editor = _new_editor(cls, lm, options, config.seed)
     # Spread over the whole file, not its beginning.
     validation = validation[:: max(1, len(validation) // max(1, config.validation))]
-    trainer = Trainer(
-        editor,
-        examples,
-        unrelated,
-        config,
-        options.out,
-        validation=validation,
-        card={
-            "data": [_file_name(spec) for spec in options.data],
-            "split": options.split,
-            "examples": len(examples),
-            "chat": lm.chat,
-            "start": dict(editor.card) or None,
-        },
-    )
-    progress = trainer.run(resume=options.resume)
+    board = tensorboard_log(options.tensorboard) if options.tensorboard else nullcontext()
+    with board as on_record:
+        trainer = Trainer(
+            editor,
+            examples,
+            unrelated,
+            config,
+            options.out,
+            validation=validation,
+            card={
+                "data": [_file_name(spec) for spec in options.data],
+                "split": options.split,
+                "examples": len(examples),
+                "chat": lm.chat,
+                "start": dict(editor.card) or None,
+            },
+            on_record=on_record,
+        )
+        progress = trainer.run(resume=options.resume)
     print(
         f"{progress.step} steps; best validation loss {progress.best_loss:.4f} at step "
         f"{progress.best_step}; editor in {options.out}"

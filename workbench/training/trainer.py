@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Trainer:
         card: What the model card should say of the data.
         on_step: Called with the progress and each step's losses; returning False stops training
             at that step, with a checkpoint.
+        on_record: Called with each record that is written to `log.jsonl`.
     """
 
     def __init__(
@@ -80,13 +81,14 @@ class Trainer:
         validation: Sequence[EditExample] = (),
         card: dict[str, Any] | None = None,
         on_step: Callable[[Progress, StepLosses], bool | None] | None = None,
+        on_record: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
         self.editor, self.config, self.folder = editor, config, Path(folder)
         self.sampler = TextSampler(editor.lm, examples, texts, config)
         self.meta = MetaStep(editor, config)
         chooser = random.Random(config.seed)
         self._looks = [self.sampler.texts(e, chooser) for e in validation[: config.validation]]
-        self._card, self._on_step = card or {}, on_step
+        self._card, self._on_step, self._on_record = card or {}, on_step, on_record
         alphas = {"edit_lr_lr": "lr"} if config.one_alpha_optimizer else {}
         groups = [
             {"params": parameters, "base_lr": getattr(config, alphas.get(name, name))}
@@ -265,6 +267,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / LOG), (self.folder / LOG).open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if self._on_record:
+            self._on_record(record)
 
     def _trim_log(self) -> None:
         """Drop what a killed run wrote after its last checkpoint: those steps come again."""
