@@ -321,7 +321,7 @@ def test_public_records_are_read_whole_and_follow_the_split_rule(
         ("zsre", "names no file"),
         ("facts:a.json", "take no path"),
         ("zsre:nowhere.json", "no file 'nowhere.json'"),
-        ("zsre:.", "cannot be read"),
+        (f"zsre:{'x' * 300}", "cannot be read"),
     ],
 )
 def test_a_bad_spec_is_explained(spec: str, message: str) -> None:

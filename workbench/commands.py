@@ -35,6 +35,7 @@ from workbench.errors import DataError, EditorError
 from workbench.evaluate import Baselines, EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import MALFORMED, write_text
+from workbench.hub import known_as
 from workbench.masks import token_table
 from workbench.models import LanguageModel, open_model
 from workbench.probes import Probe
@@ -325,9 +326,9 @@ def _read(spec: str, split: str | None, options: argparse.Namespace, lm: Languag
 
 
 def _file_name(spec: str) -> str:
-    """A data set as others know it: its format and its file's name, not where it lay."""
+    """A data set as others know it: its format and its file's name or hub id, not where it lay."""
     name, colon, path = spec.partition(":")
-    return name + colon + os.pathsep.join(Path(file).name for file in path.split(os.pathsep))
+    return name + colon + os.pathsep.join(map(known_as, path.split(os.pathsep)))
 
 
 def _device_name(lm: LanguageModel) -> str:

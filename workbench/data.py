@@ -129,8 +129,10 @@ def read(
     Args:
         spec: "counterfact:PATH", "zsre:PATH", "fever:PATH", "passages:PATH" or "facts". PATH is
             the format's own published file (a JSON list, JSON lines, or text for passages) or
-            JSON lines with a `split` field; gzipped or not. "fever:PATH:PATH..." edits the first
-            file's claims; those of the others stand beside them (`os.pathsep` between).
+            JSON lines with a `split` field; gzipped or not. It may also be a hub id ("owner/name")
+            or a folder whose rows have the format's fields: see `workbench.hub`.
+            "fever:PATH:PATH..." edits the first file's claims; those of the others stand beside
+            them (`os.pathsep` between).
         split: keep the examples of this split only: the record's `split` field where it has one,
             else `split_of` its subject.
         limit: stop after this many examples.
@@ -216,14 +218,14 @@ def _records(
     format: str, path: str, skipped: list[BadRecord], skip_bad: bool
 ) -> Iterator[tuple[EditExample, str | None]]:
     """Each record's example, and the pair that a claim belongs to."""
-    from . import readers  # builds on the types above
+    from . import hub, readers  # builds on the types above
 
     try:
         path = str(Path(path).expanduser())
     except RuntimeError as error:  # ~name, of nobody here
         raise DataError(f"{path!r} names no file: {error}") from None
-    source = f"{format}:{Path(path).name}"
-    for line, raw in readers.records(path):
+    source = f"{format}:{hub.known_as(path)}"
+    for line, raw in hub.rows(path) if hub.is_dataset(path) else readers.records(path):
         try:
             fields = readers.parse(raw)
             example = readers.FORMATS[format](fields)
