@@ -27,7 +27,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "shortage", "files", "recompute", "data", "claims", "hub", "readers", "corpus"),
+    ("cancel", "shortage", "files", "recompute", "parallel"),
+    ("data", "claims", "hub", "readers", "corpus"),
     ("gguf", "shipped"),
     ("layers", "models", "memory", "encoding", "masks"),
     ("updates", "adapters"),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from workbench import parallel
 from workbench.continuations import continuations
 from workbench.corpus import SENTENCES
 from workbench.data import Dataset, EditExample, read, texts
@@ -100,7 +101,8 @@ def train(options: argparse.Namespace) -> None:
     editor = _new_editor(cls, lm, options, config.seed)
     # Spread over the whole file, not its beginning.
     validation = validation[:: max(1, len(validation) // max(1, config.validation))]
-    board = tensorboard_log(options.tensorboard) if options.tensorboard else nullcontext()
+    logs = options.tensorboard and parallel.leads()
+    board = tensorboard_log(options.tensorboard) if logs else nullcontext()
     with board as on_record:
         trainer = Trainer(
             editor,
@@ -119,7 +121,7 @@ def train(options: argparse.Namespace) -> None:
             on_record=on_record,
         )
         progress = trainer.run(resume=options.resume)
-    print(
+    _say(
         f"{progress.step} steps; best validation loss {progress.best_loss:.4f} at step "
         f"{progress.best_step}; editor in {options.out}"
     )
@@ -167,7 +169,7 @@ def evaluate(options: argparse.Namespace) -> None:
     examples: Sequence[EditExample] = _read(options.data, options.split, options, lm)
     if options.known:
         right = knows(lm, [(e.prompt, e.target_true or e.target) for e in examples])
-        print(f"{lm.source} knows {sum(right)} of {len(right)} answers; only those are edited")
+        _say(f"{lm.source} knows {sum(right)} of {len(right)} answers; only those are edited")
         examples = list(compress(examples, right))
         if not examples:
             raise DataError("Nothing is left to edit: leave out --known, or give other data.")
@@ -186,6 +188,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "editors": {},
     }
     kept = _kept(options.json, result["settings"]) if options.resume else {}
+    parallel.agree(len(kept), f"the editors measured in {options.json}")
     baselines = Baselines()
     for name in [name.strip() for name in options.editors.split(",")]:
         editor = open_editor(name, lm)
@@ -194,17 +197,23 @@ def evaluate(options: argparse.Namespace) -> None:
             result["editors"][name] = kept[name]
             continue
         start = time.perf_counter()
-        with memory_errors(), tqdm(total=len(examples), desc=name, disable=None) as bar:
+        bars = tqdm(
+            total=len(parallel.share(examples)),
+            desc=name,
+            disable=None if parallel.leads() else True,
+        )
+        with memory_errors(), bars as bar:
             scores = evaluate_editor(
                 editor, examples, config, on_edit=lambda _: bar.update(), baselines=baselines
             )
         about["seconds"] = round(time.perf_counter() - start, 1)
         about["device"] = _device_name(lm)
         result["editors"][name] = scores.as_json() | about
-        if options.json:
+        if options.json and parallel.leads():
             found = {**result, "editors": kept | result["editors"]}
             write_text(options.json, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    _print_table(result["editors"])
+    if parallel.leads():
+        _print_table(result["editors"])
 
 
 def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -307,19 +316,25 @@ def settings_of(config: type, options: argparse.Namespace) -> dict[str, Any]:
 def _open(options: argparse.Namespace) -> LanguageModel:
     return open_model(
         options.model,
-        device=options.device,
+        device=parallel.join(options.device),
         dtype=options.dtype,
         quantize=options.quantize,
         chat=options.chat,
+        progress=parallel.leads(),
     )
+
+
+def _say(text: str) -> None:
+    if parallel.leads():
+        print(text)
 
 
 def _read(spec: str, split: str | None, options: argparse.Namespace, lm: LanguageModel) -> Dataset:
     found = read(spec, split=split, limit=options.limit, skip_bad=options.skip_bad)
     for record in found.skipped[:10] if options.skip_bad else ():
-        print(f"skipped {record}")
+        _say(f"skipped {record}")
     if options.skip_bad and found.skipped:
-        print(f"{spec}: skipped {len(found.skipped)} records, kept {len(found)}")
+        _say(f"{spec}: skipped {len(found.skipped)} records, kept {len(found)}")
     if options.sample and spec.startswith("passages:"):
         return Dataset(tuple(continuations(lm, found)), found.skipped)
     return found
@@ -333,8 +348,10 @@ def _file_name(spec: str) -> str:
 
 def _device_name(lm: LanguageModel) -> str:
     if lm.device.type == "cuda":
-        return torch.cuda.get_device_name(lm.device)
-    return f"{lm.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name(lm.device)
+    else:
+        name = f"{lm.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return name if parallel.count() == 1 else f"{parallel.count()} x {name}"
 
 
 def _print_table(editors: dict[str, dict[str, Any]]) -> None:

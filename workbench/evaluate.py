@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from workbench import parallel
 from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
@@ -23,7 +24,7 @@ from workbench.editors import Editor, EditRequest, TrainableEditor
 from workbench.encoding import Tokens, collate, first_token, kl, passes, tokenize, tokenize_text
 from workbench.errors import EditError
 from workbench.layers import EditableLayer
-from workbench.metrics import EditorScores, EditScores, begins_with, exact, mean_or_none
+from workbench.metrics import EditorScores, EditScores, begins_with, exact, gathered, mean_or_none
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.updates import Update, stack_sequences
@@ -93,25 +94,32 @@ def evaluate(
     Before the edit is the model that the editor edits: for ENN its trained base, whose own losses
     against the original are given apart (`base_drawdown`).
 
+    Of several processes (`parallel.join`) each takes its share of the edits; all get all scores.
+
     Args:
         editor: Makes the updates.
         examples: What to edit.
         config: What is measured; None: the defaults.
         texts: Unrelated texts, for examples that bring too few of their own.
-        on_edit: Called with each edit's scores.
+        on_edit: Called with each edit's scores, in the process that made it.
         baselines: Kept from one editor to the next, so that what the model itself makes of the
             texts is computed once; None: kept for this call.
     """
     config = config or EvaluationConfig()
     crossing = Crossing(examples) if config.crossed else None
     judge = _Judge(editor, config, texts, baselines or Baselines(), crossing)
-    scores = EditorScores()
-    while len(scores.edits) < len(examples):
-        for found in judge.score(examples[len(scores.edits) :]):
-            scores.edits.append(found)
-            if on_edit:
-                on_edit(found)
-    return scores
+    # Rounds are the same however many processes there are: so is what shares a batch.
+    size = max(config.at_once, _EDITS // config.at_once * config.at_once)
+    scores: dict[int, EditScores] = {}
+    for first in range(parallel.place() * size, len(examples), parallel.count() * size):
+        end = min(first + size, len(examples))
+        while first < end:
+            for found in judge.score(examples[first:end]):
+                scores[first] = found
+                first += 1
+                if on_edit:
+                    on_edit(found)
+    return EditorScores(gathered(scores, len(examples)))
 
 
 @torch.no_grad()
@@ -209,12 +217,12 @@ class _Judge:
             self.original = baselines.of(editor.original, editor.layers)
 
     def score(self, examples: Sequence[EditExample]) -> list[EditScores]:
-        """Scores of the first examples: as many as are fit for one round."""
+        """Scores of the first examples: as many as memory allows in one round."""
         config, size = self.config, self.config.at_once
         looks: list[_Look] = []
         updates: list[Update] = []
         found: list[EditScores] = []
-        for first in range(0, min(len(examples), max(size, _EDITS)), size):
+        for first in range(0, len(examples), size):
             together = examples[first : first + size]
             requests = [EditRequest(e.prompt, e.target, e.subject) for e in together]
             start = time.perf_counter()

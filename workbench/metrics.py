@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
+from workbench import parallel
 from workbench.encoding import Batch, per_sequence_mean
 
 
@@ -143,6 +144,26 @@ class EditorScores:
             "confidence_95": {name: round(mean.half_width, 6) for name, mean in means.items()},
             "n": len(self.edits),
         }
+
+
+def gathered(scores: Mapping[int, EditScores], count: int) -> list[EditScores]:
+    """The scores of all processes in the order of the edits.
+
+    Args:
+        scores: Those that this process has found, by place.
+        count: Of all edits; each is in one process.
+    """
+    width = 2 * len(fields(EditScores))  # whether it is there, and the value
+    table = [[0.0] * width for _ in range(count)]
+    for place, found in scores.items():
+        values = vars(found).values()
+        table[place] = [x for v in values for x in ((0.0, 0.0) if v is None else (1.0, v))]
+    flat = parallel.added([value for row in table for value in row])
+    rows = (flat[start : start + width] for start in range(0, len(flat), width))
+    return [
+        EditScores(*(v if there else None for there, v in zip(row[::2], row[1::2], strict=True)))  # type: ignore[arg-type]
+        for row in rows
+    ]
 
 
 def mean_or_none(values: Iterable[float]) -> float | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from workbench import parallel
+
 
 class RunningStatistics(nn.Module):
     """Mean and standard deviation of each dimension over all rows seen (parallel variance).
@@ -25,14 +27,15 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def merge(self, rows: Tensor) -> None:
-        """Take `(n, width)` rows in: Chan et al. 1979, one merge a batch."""
-        if len(rows) == 0:
-            return
+        """Take `(n, width)` rows in, of all processes: Chan et al. 1979, one merge a batch."""
         rows = rows.double()
-        n, total = len(rows), self.count + len(rows)
-        mean = rows.mean(0)
-        shift = mean - self.mean
-        self.squares += (rows - mean).square().sum(0) + shift.square() * self.count * n / total
+        n = parallel.add_up(self.count.new_tensor(len(rows)))
+        if n == 0:
+            return
+        mean = parallel.add_up(rows.sum(0)) / n
+        squares = parallel.add_up((rows - mean).square().sum(0))
+        total, shift = self.count + n, mean - self.mean
+        self.squares += squares + shift.square() * self.count * n / total
         self.mean += shift * n / total
         self.count.copy_(total)
 

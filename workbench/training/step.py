@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
+from workbench import parallel
 from workbench.editors.base import TrainableEditor
 from workbench.editors.proposals import CapturedEdits
 from workbench.encoding import (
@@ -64,6 +65,24 @@ class StepLosses:
     base: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """How many edits and texts the means of a batch are taken over."""
+
+    edits: int
+    equivalents: int
+    locality: int
+
+    @classmethod
+    def of(cls, edits: Sequence[EditTexts], hardest: int) -> _Counts:
+        left_out = sum(max(0, edit.near - hardest) for edit in edits) if hardest else 0
+        return cls(
+            len(edits),
+            sum(len(edit.equivalents) for edit in edits),
+            sum(len(edit.locality) for edit in edits) - left_out,
+        )
+
+
 class MetaStep:
     """The losses of a batch of edits and their gradient with respect to the editor.
 
@@ -90,7 +109,9 @@ class MetaStep:
     ) -> StepLosses:
         """Score a batch; with `backward`, add the gradient of `total` to the editor's `.grad`.
 
-        An editor in training mode takes the rows into its running statistics first.
+        An editor in training mode takes the rows into its running statistics first. Of several
+        processes each scores its share of the batch: the losses are those of the whole, and the
+        gradients of all are still to be summed.
 
         Args:
             edits: The batch.
@@ -98,6 +119,17 @@ class MetaStep:
             at_once: Edits, one after another in the batch, whose texts are scored under all of
                 them; divides their number.
         """
+        config, counts = self.config, _Counts.of(edits, self.config.hardest)
+        mine = parallel.share(edits, at_once)
+        parts = self._parts(mine, counts, backward, at_once) if mine else (0.0,) * 5
+        edit, before, locality, success, base = parallel.added(parts)
+        total = config.c_edit * edit + config.c_locality * locality + config.c_base * base
+        return StepLosses(edit, before, locality, total, success, base)
+
+    def _parts(
+        self, edits: Sequence[EditTexts], counts: _Counts, backward: bool, at_once: int
+    ) -> tuple[float, ...]:
+        """What some edits of a batch add to its losses; their gradient, to the editor's."""
         editor, config = self.editor, self.config
         whole = len(edits) <= config.chunk
         with torch.set_grad_enabled(backward and whole):
@@ -108,19 +140,18 @@ class MetaStep:
         if not whole:
             del made
         with torch.set_grad_enabled(backward):
-            edit_loss, success = self._equivalents(edits, leaves, at_once)
-            locality, base = self._locality(edits, leaves, at_once)
+            edit_loss, success = self._equivalents(edits, leaves, at_once, counts.equivalents)
+            locality, base = self._locality(edits, leaves, at_once, counts.locality)
         if backward:
             slopes = [leaf.grad for leaf in leaves.tensors()]
             if whole:
                 _backward(made, slopes)
             else:
                 self._chunked_backward(captured, slopes, at_once)
-        total = config.c_edit * edit_loss + config.c_locality * locality + config.c_base * base
-        return StepLosses(edit_loss, before, locality, total, success, base)
+        return edit_loss, before / counts.edits, locality, success, base
 
     def _capture(self, texts: Sequence[Tokens]) -> tuple[CapturedEdits, float]:
-        """Factors of each text's own loss, `(batch, tokens, width)`, and the mean loss."""
+        """Factors of each text's own loss, `(batch, tokens, width)`, and the sum of losses."""
         if self.editor.trains_base:  # nothing of it is constant
             rows = self._captured(texts)
         else:
@@ -128,7 +159,7 @@ class MetaStep:
         nlls, said, *sides = zip(*rows, strict=True)
         padded = iter([pad_sequence(list(rows), batch_first=True) for rows in sides])
         factors = {layer.name: Factors(next(padded), next(padded)) for layer in self.editor.layers}
-        before = self._edit_loss(torch.stack(nlls), texts).mean().item()
+        before = self._edit_loss(torch.stack(nlls), texts).sum().item()
         return CapturedEdits(tuple(texts), said, factors), before
 
     def _edit_loss(self, nll: Tensor, texts: Sequence[Tokens]) -> Tensor:
@@ -160,9 +191,9 @@ class MetaStep:
         return [found[place] for place in range(len(texts))]
 
     def _equivalents(
-        self, edits: Sequence[EditTexts], leaves: Update, at_once: int
+        self, edits: Sequence[EditTexts], leaves: Update, at_once: int, count: int
     ) -> tuple[float, float]:
-        """Mean loss of the equivalents under their edits, and the share that is exact.
+        """Loss of the equivalents under their edits, and how many are exact, by their count.
 
         Where the leaves want gradient, that of the weighted loss is added to theirs: one batch
         at a time, so that one batch's logits are held at a time.
@@ -175,24 +206,24 @@ class MetaStep:
             logits = self._edited(batch, hidden, leaves, owners[places])
             nll = self._edit_loss(sequence_nll(logits, batch), some)
             if nll.requires_grad:
-                (self.config.c_edit / len(texts) * nll.sum()).backward()
+                (self.config.c_edit / count * nll.sum()).backward()
             right = (logits.detach().argmax(-1) == batch.targets).float()
             losses.append(nll.detach())
             exact.append((per_sequence_mean(right, batch) == 1).float())
-        return torch.cat(losses).mean().item(), torch.cat(exact).mean().item()
+        return torch.cat(losses).sum().item() / count, torch.cat(exact).sum().item() / count
 
     def _locality(
-        self, edits: Sequence[EditTexts], leaves: Update, at_once: int
+        self, edits: Sequence[EditTexts], leaves: Update, at_once: int, count: int
     ) -> tuple[float, float]:
-        """Mean KL of the original to the edited model, and to a trained base, on what must not
-        change; gradients as `_equivalents`."""
+        """KL of the original to the edited model, and to a trained base, on what must not change,
+        by their count; gradients as `_equivalents`."""
         texts, owners = _owned(self._held(edits, leaves, at_once), at_once)
         edited, moved = [], []
 
         def divergence(base: Tensor, logits: Tensor, batch: Batch, weight: float) -> Tensor:
             found = per_sequence_mean(kl(base.to(logits.device), logits), batch)
             if found.requires_grad:
-                (weight / len(texts) * found.sum()).backward()
+                (weight / count * found.sum()).backward()
             return found.detach()
 
         for places in passes(self.lm, texts) if texts else ():
@@ -203,7 +234,7 @@ class MetaStep:
             if self.editor.trains_base:
                 logits = self.trunk.logits(batch, hidden, nullcontext)
                 moved.append(divergence(base, logits, batch, self.config.c_base))
-        return tuple(torch.cat(found).mean().item() if found else 0.0 for found in (edited, moved))  # type: ignore[return-value]
+        return tuple(torch.cat(f).sum().item() / count if f else 0.0 for f in (edited, moved))  # type: ignore[return-value]
 
     @torch.no_grad()
     def _held(

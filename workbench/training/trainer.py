@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from workbench import parallel
 from workbench.data import EditExample
 from workbench.editors.base import TrainableEditor, save_editor
 from workbench.errors import EditorError
@@ -56,6 +57,9 @@ class Progress:
 class Trainer:
     """Meta-trains an editor and keeps the best one in a folder.
 
+    Of several processes (`parallel.join`) each takes its share of every batch and makes the same
+    steps; the first one writes. Of a run in one process it differs by rounding alone.
+
     Args:
         editor: Trained in place.
         examples: Training edits.
@@ -66,8 +70,11 @@ class Trainer:
         validation: Edits of other subjects; none: no validation, the last editor is kept.
         card: What the model card should say of the data.
         on_step: Called with the progress and each step's losses; returning False stops training
-            at that step, with a checkpoint.
+            at that step, with a checkpoint. Processes must answer alike.
         on_record: Called with each record that is written to `log.jsonl`.
+
+    Raises:
+        EditorError: There are no examples, or the batch has no share for each process.
     """
 
     def __init__(
@@ -83,6 +90,12 @@ class Trainer:
         on_step: Callable[[Progress, StepLosses], bool | None] | None = None,
         on_record: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
+        if config.batch < config.at_once * parallel.count():
+            raise EditorError(
+                f"A batch of {config.batch} is too small for {parallel.count()} processes: each "
+                f"takes {config.at_once} edits (at_once) or more. Give a batch of at least "
+                f"{config.at_once * parallel.count()}, or start fewer processes."
+            )
         self.editor, self.config, self.folder = editor, config, Path(folder)
         self.sampler = TextSampler(editor.lm, examples, texts, config)
         self.meta = MetaStep(editor, config)
@@ -109,9 +122,9 @@ class Trainer:
             bar: Show a progress bar with the losses.
 
         Raises:
-            EditorError: The folder holds a training run and `resume` is off; or training has
-                failed, with a diagnosis: losses not finite, an edit loss that does not fall, an
-                editor that changes nothing.
+            EditorError: The folder holds a training run and `resume` is off; processes find
+                different ones; or training has failed, with a diagnosis: losses not finite, an
+                edit loss that does not fall, an editor that changes nothing.
         """
         checkpoint = self.folder / CHECKPOINT
         if resume and checkpoint.exists():
@@ -121,7 +134,9 @@ class Trainer:
                 f"{self.folder} holds a training run. Resume it (resume=True, --resume), or give "
                 f"another folder."
             )
-        self._trim_log()
+        parallel.agree(self.progress.step, f"the step of the run in {self.folder}")
+        if parallel.leads():
+            self._trim_log()
         self.editor.train()
         advice = (
             f"Give a smaller batch ({self.config.batch}) or chunk, or shorter texts; the last "
@@ -132,7 +147,7 @@ class Trainer:
             tqdm(
                 total=self.config.steps,
                 initial=self.progress.step,
-                disable=not bar,
+                disable=not bar or not parallel.leads(),
                 desc="training",
             ) as shown,
         ):
@@ -164,6 +179,7 @@ class Trainer:
             losses = self.meta.losses(self.sampler.batch(index), at_once=at_once)
             self._check_finite(losses)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parallel.add_gradients(parameters)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= config.accumulate
@@ -253,6 +269,8 @@ class Trainer:
         return 0 < self.config.patience <= progress.looks_without_gain
 
     def _keep_editor(self) -> None:
+        if not parallel.leads():
+            return
         card = {
             **self._card,
             "steps": self.progress.step,
@@ -263,6 +281,8 @@ class Trainer:
         save_editor(self.editor, self.folder, card)
 
     def _log(self, record: dict[str, Any]) -> None:
+        if not parallel.leads():
+            return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / LOG), (self.folder / LOG).open("a") as file:
@@ -279,6 +299,8 @@ class Trainer:
             write_text(log, "".join(f"{line}\n" for line in kept))
 
     def _save(self) -> None:
+        if not parallel.leads():
+            return
         tensors = {f"editor.{k}": v for k, v in self.editor.state_dict().items()}
         about = {
             "progress": asdict(self.progress),
