@@ -37,8 +37,7 @@ RUNS = {
     ],
     "a trained base": ["--editor", "enn", "--batch", "3"],
 }
-RESUMED = "sets in chunks"
-EVALUATED = ["shares of 1 and 2", "a trained base"]
+FIRST, RESUMED, LAST = RUNS
 EDITS = ["evaluate", "--data", "facts", "--split", "dev", "--crossed", "1", "--limit"]
 
 
@@ -58,16 +57,13 @@ def train(model: str, folder: Path, name: str, *more: str) -> list[str]:
 
 def commands(model: str, folder: Path, trained: Path) -> list[list[str]]:
     """Train, resume and evaluate."""
-    editors = [str(trained / name) for name in EVALUATED]
+    first, last = (["--editors", str(trained / name)] for name in (FIRST, LAST))
     return [
         *(train(model, folder, name) for name in RUNS),
         train(model, folder, RESUMED, "--steps", "6", "--resume"),
+        [*EDITS, "9", "--model", model, *last, "--json", str(folder / "alone.json")],
         [
-            *(*EDITS, "19", "--model", model, "--editors", ",".join(editors), "--generate"),
-            *("--json", str(folder / "alone.json")),
-        ],
-        [
-            *(*EDITS, "6", "--model", model, "--editors", editors[0], "--at-once", "5"),
+            *(*EDITS, "6", "--model", model, *first, "--at-once", "5"),
             *("--json", str(folder / "five.json")),
         ],
     ]
@@ -79,10 +75,10 @@ def left(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Left:
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for arguments in commands(tiny_model, one, one):
         assert main(arguments) == 0
-    shutil.copytree(one / EVALUATED[0], two / "0")
+    shutil.copytree(one / FIRST, two / "0")
     refused = [
         train(tiny_model, two, RESUMED, "--batch", "4", "--out", str(two / "small")),
-        train(tiny_model, two, EVALUATED[0], "--resume", "--out", str(two / "{rank}")),
+        train(tiny_model, two, FIRST, "--resume", "--out", str(two / "{rank}")),
     ]
     listed = two / "commands.json"
     listed.write_text(json.dumps([*commands(tiny_model, two, one), *refused]))
