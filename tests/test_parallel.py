@@ -7,16 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
+from families import FAMILIES, tiny_tokenizer
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing import assert_close
 
 from workbench import parallel
 from workbench.__main__ import main
 from workbench.errors import EditorError, ModelError
 from workbench.files import read_tensors
+from workbench.models import LanguageModel
 
 TESTS = Path(__file__).parent
 # With --cpu accelerate leaves it to MPI to start several; without a card these take the CPU too.
@@ -140,6 +149,51 @@ def test_what_processes_cannot_share_is_refused_by_all(left: Left):
     assert left.err.count("A batch of 4 is too small for 2 processes") == 2
     assert not (left.two / "small").exists()
     assert left.err.count("The processes do not find the same: the step of the run") == 2
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def fsdp_one(model: nn.Module, mesh: DeviceMesh) -> None:
+    block = model.get_submodule("model.layers.0")
+    with pytest.warns(UserWarning, match="NO_SHARD"):  # of one process
+        model.get_submodule("model.layers")[0] = FullyShardedDataParallel(  # type: ignore[operator]
+            block, device_mesh=mesh, device_id=torch.device("cpu")
+        )
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [Shard(0)]))  # type: ignore[arg-type]
+
+
+def deepspeed(model: nn.Module, mesh: DeviceMesh) -> None:
+    # DeepSpeed is not at hand here: this is the mark that it leaves.
+    model.get_parameter("model.norm.weight").ds_id = 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("shard", "found"),
+    [
+        (lambda model, mesh: fully_shard(model, mesh=mesh), "as DTensors, by FSDP"),
+        (fsdp_one, r"by FSDP \(FullyShardedDataParallel\)"),
+        (tensor_parallel, r"as DTensors.*\(model.layers.1.mlp.up_proj.weight\)"),
+        (deepspeed, r"by DeepSpeed's ZeRO stage 3 \(model.norm.weight\)"),
+    ],
+)
+def test_a_sharded_model_is_refused_with_what_to_do(
+    mesh: DeviceMesh, shard: Callable[[nn.Module, DeviceMesh], object], found: str
+):
+    model = FAMILIES["llama"]()
+    LanguageModel.wrap(model, tiny_tokenizer())
+    shard(model.requires_grad_(True), mesh)
+    with pytest.raises(ModelError, match=f"is sharded {found}.*device_map='auto'"):
+        LanguageModel.wrap(model, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("together", [1, 3])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from workbench import parallel
 from workbench.errors import ModelError
 from workbench.gguf import DEFAULT_MODEL as DEFAULT_MODEL
 from workbench.gguf import cache_folder as cache_folder
@@ -81,9 +82,11 @@ class LanguageModel:
             chat: read prompts as a user's turns, through the tokenizer's chat template.
 
         Raises:
-            ModelError: the model is of another kind, the tokenizer has neither token or no chat
-                template that is asked for, or the model's 4-bit weights have been repacked.
+            ModelError: the model is of another kind, or sharded; the tokenizer has neither token, or
+                no chat template that is asked for; or the model's 4-bit weights have been
+                repacked.
         """
+        parallel.refuse_shards(model)
         kind = _kind_of_model(model)
         if chat and (kind != "causal" or not tokenizer.chat_template):
             raise ModelError(
@@ -321,7 +324,7 @@ def _kind_of_model(model: nn.Module) -> Kind:
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"A transformers model is needed, not {type(model).__name__}. Merge a PEFT model "
-            "first: model.merge_and_unload()."
+            "first: model.merge_and_unload(). What is wrapped for training is in model.module."
         )
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "classifier"

@@ -46,6 +46,38 @@ def join(device: str) -> str:
     return str(state.device)
 
 
+def refuse_shards(model: nn.Module) -> None:
+    """Refuse a model of whose weights each process holds a part.
+
+    Its layers gather their weights when the model as a whole runs; editing runs parts of it, and
+    looks at single layers.
+
+    Raises:
+        ModelError: It is sharded by FSDP, tensor parallelism or DeepSpeed's ZeRO.
+    """
+    if not dist.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    found = None
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        found = "by FSDP (FullyShardedDataParallel)"
+    for name, weight in model.named_parameters():
+        if isinstance(weight, DTensor):
+            found = f"as DTensors, by FSDP or tensor parallelism ({name})"
+        elif hasattr(weight, "ds_id"):
+            found = f"by DeepSpeed's ZeRO stage 3 ({name})"
+    if found:
+        raise ModelError(
+            f"The model is sharded {found}; a whole one is needed, which is frozen and never "
+            f"synchronised. Where it fits on each card, open it in every process "
+            f"(accelerate launch -m workbench train ...); where it does not, spread one over the "
+            f"cards of a machine with open_model(folder, device_map='auto'). The folder: "
+            f"model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model))."
+        )
+
+
 def count() -> int:
     """How many processes share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
