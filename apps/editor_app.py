@@ -73,15 +73,22 @@ _DOWNLOAD = """file => {
 }"""
 
 
-def build(workbench: Workbench, runs: Path | None = None, *, locked: bool = False) -> gr.Blocks:
+def build(
+    workbench: Workbench,
+    runs: Path | None = None,
+    *,
+    locked: bool = False,
+    device_map: str | None = None,
+) -> gr.Blocks:
     """Lay the app out over a workbench, whose model and editor all users share.
 
     Args:
         workbench: Each user begins with its model and editor, without its edits.
         runs: Folder of the training runs; None: one in the user's cache.
         locked: Users edit with what is open: they open no models or editors, and train none.
+        device_map: Spreads the models that they open over several devices; see `open_model`.
     """
-    shelf = Shelf(workbench)
+    shelf = Shelf(workbench, device_map=device_map)
     with gr.Blocks(
         title="Model-editing workbench",
         analytics_enabled=False,
@@ -288,6 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="hub id, folder or GGUF file; default: the embedded one")
     parser.add_argument("--editor", help="a trained editor's folder, or ft")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
+    parser.add_argument(
+        "--device-map",
+        choices=("auto", "balanced", "sequential"),
+        help="spread models over all cards, in place of --device",
+    )
     parser.add_argument("--quantize", choices=("8bit", "4bit"), help="needs bitsandbytes")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to serve others (127.0.0.1)")
     parser.add_argument(
@@ -310,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             editor=options.editor,
             device=options.device,
             quantize=options.quantize,
+            device_map=options.device_map,
         )
     except WorkbenchError as error:
         parser.exit(1, f"{error}\n")
@@ -318,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "Whoever reaches this server can open models and folders on it, and train. "
             "--locked leaves them the edits alone."
         )
-    launch(build(bench, locked=options.locked), server_name=options.host, server_port=options.port)
+    app = build(bench, locked=options.locked, device_map=options.device_map)
+    launch(app, server_name=options.host, server_port=options.port)
 
 
 if __name__ == "__main__":

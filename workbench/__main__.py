@@ -134,6 +134,11 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
+        "--device-map",
+        choices=["auto", "balanced", "balanced_low_0", "sequential"],
+        help="spread the model over all cards, in place of --device",
+    )
+    parser.add_argument(
         "--dtype",
         help="float32, bfloat16 or float16 (default: float32 on the CPU, else the checkpoint's own "
         "half precision or bfloat16)",

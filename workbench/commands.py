@@ -32,7 +32,7 @@ from workbench.editors import (
     save_editor,
     trainable_editors,
 )
-from workbench.errors import DataError, EditorError
+from workbench.errors import DataError, EditorError, ModelError
 from workbench.evaluate import Baselines, EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import MALFORMED, write_text
@@ -49,14 +49,7 @@ from workbench.training.tensorboard import tensorboard_log
 
 def edit(options: argparse.Namespace) -> None:
     """Make one edit; print the prompt, its equivalents, neighbours and unrelated prompts."""
-    bench = Workbench.open(
-        options.model,
-        editor=options.editor,
-        device=options.device,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        chat=options.chat,
-    )
+    bench = Workbench.open(options.model, editor=options.editor, **_held(options))
     made = bench.edit(options.prompt, options.target)
     extra = [Probe(prompt, "other", options.target, "as given") for prompt in options.compare]
     probes = (*bench.suggest(options.prompt, options.target), *extra)
@@ -314,14 +307,19 @@ def settings_of(config: type, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _open(options: argparse.Namespace) -> LanguageModel:
-    return open_model(
-        options.model,
-        device=parallel.join(options.device),
-        dtype=options.dtype,
-        quantize=options.quantize,
-        chat=options.chat,
-        progress=parallel.leads(),
-    )
+    held: dict[str, Any] = {**_held(options), "device": parallel.join(options.device)}
+    if options.device_map and parallel.count() > 1:
+        raise ModelError(
+            f"--device-map spreads one model over all cards: give it to one process, not to "
+            f"{parallel.count()}, of which each opens the model on a card of its own."
+        )
+    return open_model(options.model, progress=parallel.leads(), **held)
+
+
+def _held(options: argparse.Namespace) -> dict[str, Any]:
+    """Where and how the weights are to be held, and whether prompts are turns of a chat."""
+    names = ("device", "dtype", "quantize", "device_map", "chat")
+    return {name: getattr(options, name) for name in names}
 
 
 def _say(text: str) -> None:

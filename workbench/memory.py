@@ -110,6 +110,7 @@ def estimate_memory(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     quantize: Quantization | None = None,
+    device_map: str | None = None,
 ) -> MemoryEstimate:
     """Estimate what `open_model` with the same arguments will take; nothing is opened.
 
@@ -120,6 +121,7 @@ def estimate_memory(
         device: "auto" (CUDA if there is one, else the CPU), or any torch device.
         dtype: None for what `open_model` would take.
         quantize: "8bit", "4bit" or None.
+        device_map: "auto", ...: all cards and main memory together count as the device.
 
     Raises:
         ModelError: The source cannot be found or read, or is no kind of model handled here.
@@ -141,9 +143,10 @@ def estimate_memory(
         shape, dtype = _shape(name, location, dtype, device)
     each = _QUANTIZED.get(quantize or "", dtype.itemsize)
     free_main = _free_main()
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return MemoryEstimate(
         source=name,
-        device=str(device),
+        device="all devices" if device_map else str(device),
         precision=quantize or str(dtype).removeprefix("torch."),
         parameters=shape.parameters,
         weights=int(shape.linear * each)
@@ -153,7 +156,7 @@ def estimate_memory(
         working=_ROWS * (_TOKENS * shape.cache * dtype.itemsize + 3 * 4 * shape.vocabulary)
         + 4 * shape.largest,
         unpacking=unpacking,
-        free=free_on(device),
+        free=sum(map(free_on, cards), free_main) if device_map else free_on(device),
         free_main=free_main,
     )
 

@@ -109,7 +109,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        embeddings: Any = self.model.get_input_embeddings()
+        weight = next(embeddings.parameters())
+        if weight.is_meta and hasattr(embeddings, "_hf_hook"):  # offloaded: where it runs
+            return torch.device(embeddings._hf_hook.execution_device)
+        return weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,6 +136,15 @@ class LanguageModel:
         """How the weights are held: "4bit", "8bit", or the dtype's name."""
         return self.quantization or str(self.dtype).removeprefix("torch.")
 
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, offloaded ones as they lie in main memory or on the disk."""
+        for name, tensor in self.model.named_parameters():
+            path, _, key = name.rpartition(".")
+            offloaded = getattr(
+                getattr(self.model.get_submodule(path), "_hf_hook", None), "weights_map", None
+            )
+            yield name, offloaded[key] if tensor.is_meta and offloaded is not None else tensor
+
     def fingerprint(self) -> str:
         """Name the weights, quickly: precision, colon, 16 hex digits of shapes, sums and samples.
 
@@ -141,7 +154,7 @@ class LanguageModel:
         digest = hashlib.sha256(type(self.model).__name__.encode())
         identity = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
         digest.update(json.dumps(identity, sort_keys=True).encode())
-        for name, tensor in self.model.named_parameters():
+        for name, tensor in self._weights():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             if tensor.numel() and not tensor.is_meta:
                 bits = _bits(tensor)
@@ -152,7 +165,7 @@ class LanguageModel:
     def checksum(self) -> str:
         """Hash every byte of every parameter and buffer (sha256, 64 hex digits)."""
         digest = hashlib.sha256()
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+        for name, tensor in (*self._weights(), *self.model.named_buffers()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             if tensor.numel() and not tensor.is_meta:
                 digest.update(_bits(tensor).cpu().numpy().data)
@@ -178,7 +191,8 @@ def open_model(
         dtype: None for float32 on the CPU, and on other devices the checkpoint's own half
             precision or bfloat16.
         quantize: "8bit" or "4bit" with bitsandbytes.
-        device_map: handed to transformers in place of `device`, to split a large model.
+        device_map: in place of `device`, to spread a large model: "auto" over the cards, then main
+            memory; or a map of modules to devices, "cpu" or "disk", as transformers takes it.
         chat: read prompts as a user's turns, through the tokenizer's chat template.
         progress: show progress of downloads and of the first, slow opening of a GGUF file.
 

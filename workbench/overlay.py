@@ -32,7 +32,7 @@ def _add(layer: LayerUpdate, inputs: Tensor, output: Tensor, sequences: Tensor |
                 f"The overlay is made for a batch of {batch} sequences, but the model was given "
                 f"{len(inputs)}. Pass as many sequences as updates (and no beams)."
             )
-    change = layer.apply(inputs.to(layer.A.dtype))
+    change = layer.apply(inputs.to(layer.A))
     if sequences is not None:
         change = change * sequences.to(change)[:, None, None]
     return output + change.view_as(output).to(output.dtype)

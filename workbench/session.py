@@ -54,6 +54,7 @@ class Workbench(History):
         device: str = "auto",
         dtype: torch.dtype | str | None = None,
         quantize: Quantization | None = None,
+        device_map: str | dict[str, Any] | None = None,
         chat: bool = False,
         progress: bool = True,
     ) -> Workbench:
@@ -67,6 +68,7 @@ class Workbench(History):
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
             dtype: Of the weights; None: float32 on CPU, bfloat16 on CUDA.
             quantize: None, "8bit" or "4bit" (bitsandbytes).
+            device_map: "auto" spreads a large model over several devices; see `open_model`.
             chat: Prompts are a user's turns, read through the model's chat template, and targets
                 what the assistant should say.
             progress: Show a bar while the default model is unpacked for the first time.
@@ -76,7 +78,13 @@ class Workbench(History):
             EditorError: The editor cannot be opened or does not fit the model.
         """
         lm = open_model(
-            model, device=device, dtype=dtype, quantize=quantize, chat=chat, progress=progress
+            model,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            device_map=device_map,
+            chat=chat,
+            progress=progress,
         )
         return cls(lm, open_editor(editor, lm))
 
@@ -157,6 +165,7 @@ class Workbench(History):
         seconds: float,
         origin: Proposal | EditTrace | None,
     ) -> Edit:
+        update = update.to(self.lm.device)  # of a model on several, layers lie elsewhere
         edit = Edit(self._next_id, requests, update, seconds, self.lm, origin)
         self._add(edit)
         return edit
@@ -305,9 +314,7 @@ class Workbench(History):
         saved.check(workbench.lm)
         bench = workbench.fork()
         for item in saved.edits:
-            edit = bench._push(
-                item.requests, item.update.to(bench.lm.device), item.seconds, item.trace
-            )
+            edit = bench._push(item.requests, item.update, item.seconds, item.trace)
             if not item.enabled:
                 bench.toggle(edit.id)
             if item.strength != 1.0:

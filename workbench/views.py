@@ -179,7 +179,8 @@ class Trunk:
 
     @torch.no_grad()
     def base_logits(self, final: Tensor) -> Tensor:
-        """The base model's logits, `(n, vocabulary)`, from what `final` returned."""
+        """The base model's logits, `(n, vocabulary)`, from what `final` returned, on the model's
+        device."""
         if self._lm.kind == "classifier":
             return final
         n = len(final)
@@ -189,9 +190,8 @@ class Trunk:
             inputs["decoder_input_ids"] = ids
         each = torch.arange(n, device=final.device)
         with _resume(final.unsqueeze(1)):
-            return _at_targets(
-                self._top, Batch(inputs, each, torch.zeros_like(each), each), self._lm.kind
-            )
+            batch = Batch(inputs, each, torch.zeros_like(each), each)
+            return _at_targets(self._top, batch, self._lm.kind).to(self._lm.device)
 
     def _run(self, view: nn.Module, batch: Batch) -> Tensor:
         try:

@@ -98,9 +98,10 @@ class Shelf:
     Args:
         bench: Its model and editor stay open.
         most: How many models.
+        device_map: Spreads each of them; see `open_model`. None: they go where the first one is.
     """
 
-    def __init__(self, bench: Workbench, most: int = 3) -> None:
+    def __init__(self, bench: Workbench, most: int = 3, *, device_map: str | None = None) -> None:
         chosen = Path(editor_source(bench.editor)).name
         editors = _editors(bench.lm)
         if getattr(bench.editor, "trained", True):
@@ -108,7 +109,7 @@ class Shelf:
             editors[chosen] = bench.editor
         self.first = OpenModel(bench.lm, editors)
         self.most = most
-        self._device = str(bench.lm.device)
+        self._where: dict[str, Any] = {"device": str(bench.lm.device), "device_map": device_map}
         self._open = {_key(bench.lm.source, bench.lm.quantization): self.first}
         self._lock = threading.Lock()
 
@@ -122,7 +123,7 @@ class Shelf:
         Raises:
             ModelError: There is no such model.
         """
-        return estimate_memory(source or None, device=self._device, quantize=quantize)
+        return estimate_memory(source or None, quantize=quantize, **self._where)
 
     def open(self, source: str, quantize: Quantization | None) -> OpenModel:
         """The model, opened if it is not open yet.
@@ -139,9 +140,7 @@ class Shelf:
             found = self._open.pop(key, None)
             if found is None:
                 self._make_room(source, quantize)
-                lm = open_model(
-                    source or None, device=self._device, quantize=quantize, progress=False
-                )
+                lm = open_model(source or None, quantize=quantize, progress=False, **self._where)
                 found = OpenModel(lm, _editors(lm))
             self._open[key] = found  # last: the one used most recently
             return found

@@ -85,7 +85,9 @@ class Enn(TrainableEditor):
         """`dW = -edit_lr * sum_t delta_t u_t^T`, one for each edit; no statistics are kept."""
         return Update(
             {
-                name: LayerUpdate(factors.activation, factors.delta, -alpha)
+                name: LayerUpdate(
+                    factors.activation, factors.delta, -alpha.to(factors.delta.device)
+                )
                 for (name, factors), alpha in zip(edits.factors.items(), self.edit_lrs, strict=True)
             }
         )

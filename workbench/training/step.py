@@ -221,7 +221,7 @@ class MetaStep:
         edited, moved = [], []
 
         def divergence(base: Tensor, logits: Tensor, batch: Batch, weight: float) -> Tensor:
-            found = per_sequence_mean(kl(base.to(logits.device), logits), batch)
+            found = per_sequence_mean(kl(base, logits), batch)
             if found.requires_grad:
                 (weight / count * found.sum()).backward()
             return found.detach()
@@ -251,7 +251,7 @@ class MetaStep:
             batch, hidden = self._batch(some)
             base = self.cache.logits(some)
             logits = self._edited(batch, hidden, leaves, owners[places])
-            moves[places] = per_sequence_mean(kl(base.to(logits.device), logits), batch).cpu()
+            moves[places] = per_sequence_mean(kl(base, logits), batch).cpu()
         held = []
         for edit, mine in zip(edits, moves.split([edit.near for edit in edits]), strict=True):
             hardest = mine.topk(min(most, edit.near)).indices.tolist()
