@@ -225,3 +225,48 @@ def test_a_model_split_over_card_and_processor_is_edited(tmp_path: Path):
     there = load_editor(save_editor(here, tmp_path / "editor", {}), split)
     updates = [editor.propose(requests(editor)).update for editor in (here, there)]
     near(said(split, updates[1]), said(whole, updates[0]))
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="only one CUDA device here; runs on a machine that has two",
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_model_spread_over_two_cards_edits_trains_and_is_measured(family: str, tmp_path: Path):
+    """That no two tensors meet on different cards; `tests/test_split.py` has the laws."""
+    whole = on_card(family)
+    whole.model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    blocks = [f"{stack.path}.{n}" for stack in whole.stacks for n in range(len(stack.blocks))]
+    parts = {name: int(place >= len(blocks) // 2) for place, name in enumerate(blocks)}
+    inside = tuple(f"{block}." for block in blocks)
+    for name, module in whole.model.named_modules():
+        if not [*module.children()] and not name.startswith(inside):
+            parts[name] = 0
+    split = open_model(tmp_path / "model", device_map=parts, dtype="float32", progress=False)
+    assert {weight.device.index for weight in split.model.parameters()} == {0, 1}
+    here = MAKERS["mend"](whole)
+    assert isinstance(here, TrainableEditor)
+    there = load_editor(save_editor(here, tmp_path / "editor", {}), split)
+    benches = [Workbench(editor.lm, editor) for editor in (here, there)]
+    base = said(split)
+    near(base, said(whole))
+    for bench in benches:
+        bench.edit_many(requests(bench.editor))
+    near(said(split, benches[1].update), said(whole, benches[0].update))
+    assert benches[1].generate(PROMPT) == benches[0].generate(PROMPT)
+    benches[1].undo()
+    assert torch.equal(said(split, benches[1].update), base)
+    slopes = []
+    for editor in (here, there):
+        texts = [tokenize(editor.lm, r.prompt, r.target) for r in requests(editor)]
+        edits = [EditTexts(text, (text,), tuple(texts), 2) for text in texts]
+        MetaStep(editor, TrainingConfig(hardest=1)).losses(edits)
+        slopes.append({n: p.grad for n, p in editor.named_parameters() if p.grad is not None})
+    for parameter, slope in slopes[0].items():
+        near(slopes[1][parameter], slope)
+    wanted = EditExample(
+        prompt="The moon", target="xy", neighbors=(Statement(prompt="The sea", answer="q"),)
+    )
+    mine, theirs = (evaluate(editor, [wanted]).edits[0] for editor in (here, there))
+    assert theirs.neighborhood_kept == mine.neighborhood_kept

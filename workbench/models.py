@@ -82,18 +82,16 @@ class LanguageModel:
             chat: read prompts as a user's turns, through the tokenizer's chat template.
 
         Raises:
-            ModelError: the model is of another kind, or sharded; the tokenizer has neither token, or
-                no chat template that is asked for; or the model's 4-bit weights have been
-                repacked.
+            ModelError: the model is of another kind, or sharded; the tokenizer has neither token,
+                or no chat template that is asked for; or the 4-bit weights have been repacked.
         """
         parallel.refuse_shards(model)
         kind = _kind_of_model(model)
         if chat and (kind != "causal" or not tokenizer.chat_template):
             raise ModelError(
                 f"{source} is no chat model: it is {kind}, and its tokenizer has "
-                f"{'a' if tokenizer.chat_template else 'no'} chat template; chat=True (--chat) "
-                "takes a causal model with one. Leave it out, or open a model that was tuned for "
-                "chats, often called -Instruct or -it."
+                f"{'a' if tokenizer.chat_template else 'no'} chat template. Leave chat=True "
+                "(--chat) out, or open a causal model with one, often called -Instruct or -it."
             )
         model.eval().requires_grad_(False)
         _ensure_pad_token(model, tokenizer)
