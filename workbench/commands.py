@@ -177,6 +177,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "limit": options.limit,
             "known": options.known,
             **vars(config),
+            "damping": config.damping if config.aggregation == "ridge" else None,
         },
         "editors": {},
     }
