@@ -84,7 +84,7 @@ def test_the_wheel_holds_the_package_its_assets_and_nothing_else(wheel: Path):
 
 
 def test_the_package_holds_code_and_data_of_known_kinds():
-    assert {Path(name).suffix for name in files("workbench")} == {".py", *DATA}
+    assert {Path(name).suffix for name in files("workbench")} == {".py", ".pyi", *DATA}
 
 
 def test_the_assets_are_unpickled_by_nobody():
