@@ -117,3 +117,9 @@ def test_a_peak_counts_what_an_action_holds_for_a_while():
 
     found = peak(torch.device("cpu"), action)
     assert found["peak_mib"] - found["before_mib"] > 60
+
+
+@pytest.mark.parametrize("benchmark", MAKERS)
+def test_each_action_runs_by_itself(benchmark: str):
+    for action in MAKERS[benchmark](tiny("float32")):
+        MAKERS[benchmark](tiny("float32"))[action]()()

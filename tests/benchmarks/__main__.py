@@ -9,7 +9,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -47,26 +47,29 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     options = parser.parse_args()
     setting = Setting.default(options.device)
-    results = measured(setting, options.only or NAMES, options.rounds)
-    text = markdown(results)
+    text = ""
+    # Written each time, so that what fails late loses nothing of what was measured before.
+    for results in measured(setting, options.only or NAMES, options.rounds):
+        text = markdown(results)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if options.markdown:
+            options.markdown.write_text(text, encoding="utf-8")
     print(text)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
 
 
-def measured(setting: Setting, names: list[str] | tuple[str, ...], rounds: int) -> Figures:
-    """The figures of the benchmarks of those names, and the targets."""
+def measured(setting: Setting, names: Sequence[str], rounds: int) -> Iterator[Figures]:
+    """The figures of the benchmarks of those names so far, and the targets; after each of them."""
     results: Figures = {"machine": machine(setting.device)}
     for name, (benchmark, share) in BENCHMARKS.items():
         if name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             results[name] = benchmark(setting, max(1, rounds // share))
+            yield results | {"targets": judged(results)}
     if "peaks" in names:
         print("peaks ...", file=sys.stderr, flush=True)
         results["peaks"] = peaks(setting.device)
-    return results | {"targets": judged(results)}
+        yield results | {"targets": judged(results)}
 
 
 def machine(device: torch.device) -> Figures:

@@ -58,7 +58,7 @@ def peaks(device: torch.device, names: tuple[str, ...] = NAMES) -> Figures:
     found = {}
     for name in names:
         command = [sys.executable, "-m", "tests.benchmarks.peaks", name, "--device", str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -33,10 +33,12 @@ class ReferenceLoop:
         self.editor, self.config, self.model = editor, config, editor.lm.model
 
     def example(self, edit: EditTexts, backward: bool = True) -> float:
-        """One example's total loss; its gradient is added to the editor's parameters."""
+        """One example's total loss. Its gradient is added to the editor's parameters, its factors
+        to the running statistics."""
         self.model.requires_grad_(True)
         factors = self._factors(edit.edit)
-        update = self.editor.update(self.editor.transform(factors), factors)
+        pseudofactors = self.editor.transform(factors, gather=backward)
+        update = self.editor.update(pseudofactors, factors)
         weights = {
             f"{name}.weight": self._edited(f"{name}.weight", layer.dense()[0])
             for name, layer in update.items()
