@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--confidence", type=float, help="at which an edit needs no more rounds")
     pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")
-    _model(pack, editor=False)
+    _model(pack, editor=False, prompts=False)
 
     export = commands.add_parser("export", help="write a saved session as a PEFT adapter")
     export.add_argument("--session", type=Path, required=True, metavar="DIR")
@@ -126,7 +126,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
+def _model(parser: argparse.ArgumentParser, *, editor: bool, prompts: bool = True) -> None:
     parser.add_argument(
         "--model",
         help="hub id, folder, GGUF file, or one that comes along: bart-small-qa, fact-checker, "
@@ -144,11 +144,12 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool) -> None:
         "half precision or bfloat16)",
     )
     parser.add_argument("--quantize", choices=["8bit", "4bit"])
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="prompts are a user's turns in a chat, read through the model's template",
-    )
+    if prompts:
+        parser.add_argument(
+            "--chat",
+            action="store_true",
+            help="prompts are a user's turns in a chat, read through the model's template",
+        )
     if editor:
         parser.add_argument(
             "--editor",

@@ -320,7 +320,7 @@ def _open(options: argparse.Namespace) -> LanguageModel:
 def _held(options: argparse.Namespace) -> dict[str, Any]:
     """Where and how the weights are to be held, and whether prompts are turns of a chat."""
     names = ("device", "dtype", "quantize", "device_map", "chat")
-    return {name: getattr(options, name) for name in names}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def _say(text: str) -> None:
