@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from workbench.models import LanguageModel
@@ -114,6 +115,26 @@ FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
 }
 
 
+# Chat templates as models have them, each with what joins an answer to the turn before it.
+TEMPLATES = {
+    "lines": (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}</s>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}",
+        "",
+    ),
+    "spaced": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+        " ",
+    ),
+    "close": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}"
+        "[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "",
+    ),
+}
+
+
 def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
     """One token per printable ASCII character: real, and of VOCAB tokens with the special ones."""
     special = ["<pad>", "</s>", "<s>", "<unk>"]
@@ -129,6 +150,23 @@ def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
         bos_token="<s>",
         unk_token="<unk>",
     )
+
+
+def chat_tokenizer(template: str) -> hf.PreTrainedTokenizerFast:
+    """The tiny tokenizer with a template, which begins texts with <s> by itself as Llama's does."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat_model(template: str = "lines") -> LanguageModel:
+    """A tiny Llama, opened for chats, that reads 512 tokens."""
+    model = FAMILIES["llama"]()
+    model.config.max_position_embeddings = 512
+    return LanguageModel.wrap(model, chat_tokenizer(TEMPLATES[template][0]), "tiny", chat=True)
 
 
 def language_model(family: str) -> LanguageModel:

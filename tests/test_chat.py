@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
-from families import BOS, FAMILIES, PAD, language_model, tiny_tokenizer
+from families import (
+    BOS,
+    FAMILIES,
+    PAD,
+    TEMPLATES,
+    chat_model,
+    chat_tokenizer,
+    language_model,
+    tiny_tokenizer,
+)
 from runs import KINDS
-from tokenizers.processors import TemplateProcessing
 
 from workbench import EditRequest, LanguageModel, ModelError, Workbench, open_model
 from workbench.__main__ import main
-from workbench.editors import FineTune, FineTuneConfig, open_editor
+from workbench.editors import (
+    FineTune,
+    FineTuneConfig,
+    Mend,
+    TrainableEditor,
+    editor_class,
+    gradient_factors,
+    open_editor,
+    with_chat,
+)
 from workbench.editors.rome import _subject_end
 from workbench.encoding import as_read, collate, sequence_nll, tokenize
 from workbench.errors import EditError
@@ -22,41 +39,7 @@ from workbench.masks import token_table
 from workbench.views import target_logits
 
 torch.set_num_threads(1)
-# Templates as models have them, each with what joins an answer to the turn before it.
-TEMPLATES = {
-    "lines": (
-        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}</s>\n"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}",
-        "",
-    ),
-    "spaced": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
-        "[/INST]{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
-        " ",
-    ),
-    "close": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}"
-        "[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
-        "",
-    ),
-}
 PROMPT, TARGET = "Who rules Ys?", "Dahut"
-
-
-def chat_tokenizer(template: str) -> hf.PreTrainedTokenizerFast:
-    """The tiny tokenizer with a template, which begins texts with <s> by itself as Llama's does."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def chat_model(template: str = "lines") -> LanguageModel:
-    model = FAMILIES["llama"]()
-    model.config.max_position_embeddings = 512
-    return LanguageModel.wrap(model, chat_tokenizer(TEMPLATES[template][0]), "tiny", chat=True)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -124,6 +107,57 @@ def test_a_session_remembers_that_it_is_a_chat(tmp_path: Path) -> None:
     for chat in (True, False):
         wb = Workbench.open(model, editor="ft", device="cpu", chat=chat)
         assert Workbench.load(wb.save(tmp_path / "session"), device="cpu").lm.chat is chat
+
+
+def test_a_session_taken_in_by_a_workbench_is_read_as_it_was(tmp_path: Path) -> None:
+    lm = chat_model()
+    plain = replace(lm, chat=False)
+    for here, there in ((lm, plain), (plain, lm)):
+        wb = Workbench(here, FineTune(here, FineTuneConfig(max_steps=2)))
+        wb.edit(PROMPT, TARGET)
+        other = Workbench(there, FineTune(there))
+        taken = Workbench.load(wb.save(tmp_path / "session"), workbench=other)
+        assert taken.lm.chat is taken.editor.lm.chat is here.chat
+        assert taken.compare(PROMPT) == wb.compare(PROMPT)
+
+
+def test_a_fork_reads_prompts_the_other_way_and_keeps_the_edits() -> None:
+    lm = chat_model()
+    wb = Workbench(lm, FineTune(lm, FineTuneConfig(max_steps=2)))
+    wb.edit(PROMPT, TARGET)
+    plain = wb.fork(edits=True, chat=False)
+    assert plain.history == wb.history
+    assert plain.tokens(PROMPT, TARGET) != wb.tokens(PROMPT, TARGET)
+    assert len(plain.tokens(PROMPT, TARGET).texts[0]) == len(f"<s>{PROMPT} {TARGET}") - 2
+    assert plain.fork(chat=True).tokens(PROMPT, TARGET) == wb.tokens(PROMPT, TARGET)
+    assert wb.fork().lm.chat
+    other = language_model("gpt2")
+    with pytest.raises(ModelError, match="no chat template"):
+        Workbench(other, FineTune(other)).fork(chat=True)
+
+
+@pytest.mark.parametrize("name", ["mend", "ke", "enn", "ft", "lora"])
+def test_an_editor_reads_chats_with_what_it_has_learned(name: str) -> None:
+    lm = chat_model()
+    plain = editor_class(name).from_settings(replace(lm, chat=False), {})
+    alone = editor_class(name).from_settings(lm, {})
+    if isinstance(plain, Mend):
+        factors = gradient_factors(lm, plain.layers, [EditRequest("ab", "c")])[1]
+        with torch.no_grad():
+            plain.transform(factors, gather=True)
+    if isinstance(plain, TrainableEditor):
+        alone.load_state_dict(plain.state_dict())
+    over = with_chat(plain, True)
+    assert not plain.lm.chat
+    assert with_chat(over, True) is over
+    if isinstance(over, TrainableEditor):
+        assert over.trains_base is plain.trains_base
+        assert over.original.chat
+    asked = [EditRequest(PROMPT, TARGET)]
+    ours, theirs, before = (e.propose(asked).update.dense() for e in (over, alone, plain))
+    for layer, change in ours.items():
+        assert torch.equal(change, theirs[layer])
+        assert not torch.equal(change, before[layer])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -211,8 +245,28 @@ def test_commands_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert '"chat": true' in (tmp_path / "session" / "session.json").read_text()
 
 
-def test_a_command_says_that_a_model_does_not_chat(
-    tiny_model: str, capsys: pytest.CaptureFixture[str]
+COMMANDS = {
+    "edit": ["ab", "cd"],
+    "tokens": ["ab", "cd"],
+    "train": ["--data", "facts", "--out", "nowhere"],
+    "evaluate": ["--data", "facts"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_take_chat_say_that_a_model_does_not(
+    command: str, tiny_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["tokens", "ab", "cd", "--model", tiny_model, "--chat"]) == 2
+    assert main([command, *COMMANDS[command], "--model", tiny_model, "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_no_other_command_takes_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    def help_of(*command: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        return capsys.readouterr().out
+
+    listed = re.search(r"\{([\w,]+)\}", help_of())
+    assert listed
+    assert {c for c in listed[1].split(",") if "--chat" in help_of(c)} == set(COMMANDS)

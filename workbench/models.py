@@ -64,6 +64,14 @@ class LanguageModel:
     quantization: Quantization | None
     chat: bool = False
 
+    def __post_init__(self) -> None:
+        if self.chat and (self.kind != "causal" or not self.tokenizer.chat_template):
+            raise ModelError(
+                f"{self.source} is no chat model: it is {self.kind}, and its tokenizer has "
+                f"{'a' if self.tokenizer.chat_template else 'no'} chat template. Leave chat=True "
+                "(--chat) out, or open a causal model with one, often called -Instruct or -it."
+            )
+
     @classmethod
     def wrap(
         cls,
@@ -87,12 +95,6 @@ class LanguageModel:
         """
         parallel.refuse_shards(model)
         kind = _kind_of_model(model)
-        if chat and (kind != "causal" or not tokenizer.chat_template):
-            raise ModelError(
-                f"{source} is no chat model: it is {kind}, and its tokenizer has "
-                f"{'a' if tokenizer.chat_template else 'no'} chat template. Leave chat=True "
-                "(--chat) out, or open a causal model with one, often called -Instruct or -it."
-            )
         model.eval().requires_grad_(False)
         _ensure_pad_token(model, tokenizer)
         quantization: Quantization | None = None
@@ -199,11 +201,9 @@ def open_model(
     """
     from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-    device = device_named(device)
-    dtype = dtype_named(dtype)
+    device, dtype = device_named(device), dtype_named(dtype)
     if quantize not in (None, "8bit", "4bit"):
         raise ModelError(f'quantize={quantize!r} is not known: give None, "8bit" or "4bit".')
-
     name, location = locate(source)
     if location.suffix == ".gguf":
         gguf_dtype = dtype or default_dtype(device)

@@ -15,7 +15,7 @@ from workbench.adapters import export_peft, import_peft
 from workbench.aggregate import Aggregation, propose_together
 from workbench.compare import compare_prompts, generate_texts
 from workbench.edit import Edit
-from workbench.editors import Editor, EditRequest, Proposal, open_editor
+from workbench.editors import Editor, EditRequest, Proposal, open_editor, with_chat
 from workbench.errors import EditError
 from workbench.history import History
 from workbench.masks import TokenTable, token_table
@@ -88,13 +88,18 @@ class Workbench(History):
         )
         return cls(lm, open_editor(editor, lm))
 
-    def fork(self, *, edits: bool = False) -> Workbench:
+    def fork(self, *, edits: bool = False, chat: bool | None = None) -> Workbench:
         """Another workbench over the same model and editor.
 
         Args:
             edits: With this one's edits and history, which then go separate ways.
+            chat: Whether it reads prompts through the chat template; None: as this one does.
+
+        Raises:
+            ModelError: The model has no chat template.
         """
-        bench = Workbench(self.lm, self.editor, self.most_bytes)
+        editor = self.editor if chat is None else with_chat(self.editor, chat)
+        bench = Workbench(editor.lm, editor, self.most_bytes)
         if edits:
             bench._take_after(self)
         return bench
@@ -301,18 +306,21 @@ class Workbench(History):
 
         Args:
             folder: Written by `save`.
-            workbench: Take model and editor from this one, instead of opening them anew.
+            workbench: Take model and editor from this one, instead of opening them anew; prompts
+                are read as the session's were, whatever this one does.
             options: For `open_model`; without any, precision and chat are those of the session.
 
         Raises:
             EditError: No readable session there, or it was made over another model.
+            ModelError: It is a chat's, and the model has no chat template.
         """
         saved = read_session(folder)
+        chat = saved.chat
         if workbench is None:
             opened = open_model(saved.model, **saved.opening | options)
-            workbench = cls(opened, saved.open_editor(opened))
+            workbench, chat = cls(opened, saved.open_editor(opened)), opened.chat
         saved.check(workbench.lm)
-        bench = workbench.fork()
+        bench = workbench.fork(chat=chat)
         for item in saved.edits:
             edit = bench._push(item.requests, item.update, item.seconds, item.trace)
             if not item.enabled:

@@ -13,6 +13,7 @@ from workbench.editors.base import (
     editor_names,
     load_editor,
     save_editor,
+    with_chat,
 )
 from workbench.editors.enn import Enn, EnnConfig
 from workbench.editors.finetune import FineTune, FineTuneConfig, FineTuneKL
@@ -53,6 +54,7 @@ __all__ = [
     "save_editor",
     "shipped_editor",
     "trainable_editors",
+    "with_chat",
 ]
 
 # The editors that are ready as soon as they are made.

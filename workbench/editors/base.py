@@ -6,7 +6,8 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from copy import copy
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
@@ -155,6 +156,28 @@ class TrainableEditor(nn.Module, ABC):
     @abstractmethod
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
         """Make one update that carries out all requests; the model is left as it is."""
+
+
+def with_chat(editor: Editor, chat: bool) -> Editor:
+    """The same editor, for prompts that go through the model's chat template or stand as they are.
+
+    What it has learned is shared with the other, not copied.
+
+    Args:
+        editor: Of any kind.
+        chat: As of `LanguageModel`.
+
+    Raises:
+        ModelError: The model has no chat template.
+    """
+    if editor.lm.chat == chat:
+        return editor
+    twin = copy(editor)
+    twin.lm = replace(editor.lm, chat=chat)
+    if isinstance(editor, TrainableEditor) and isinstance(twin, TrainableEditor):
+        own = editor.trains_base
+        twin.original = replace(editor.original, chat=chat) if own else twin.lm
+    return twin
 
 
 _REGISTRY: dict[str, type] = {}
