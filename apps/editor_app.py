@@ -17,6 +17,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+from fastapi import HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.responses import JSONResponse
 from gradio import themes
 
 from apps.editor import api, figures, layout, markup, models, page, reach, train
@@ -114,7 +117,7 @@ def build(
                 inside, saving, probing = layout.figures()
             if not locked:
                 with gr.Tab("Model", id="model"):
-                    opening = models.layout()
+                    opening = models.layout(session)
                 with gr.Tab("Train", id="train"):
                     training = train.layout()
         _endpoints(state, form)  # before the page's own events, which would take the names
@@ -156,7 +159,7 @@ def build(
         on(undo.click, page.undo, [state], screen, "multiple")
         on(redo.click, page.redo, [state], screen, "multiple")
         on(history.act, page.act, [state], [*screen, *form], "multiple")
-        on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form])
+        on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form, header])
         editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
         reach.wire(probing, state, history, **MODEL, **PRIVATE)
         shown = [saving]
@@ -206,7 +209,7 @@ def _opening(
     for event in (tab["open"].click, tab["source"].submit):
         event(
             models.switch,
-            wanted,
+            [*wanted, tab["chat"]],
             [said, *shown, *screen, *form],
             show_progress_on=said,
             **one_at_a_time,
@@ -254,6 +257,19 @@ def _endpoints(state: gr.State, form: Sequence[gr.Textbox]) -> None:
     gr.on([], api.cancel, state, state, api_name="cancel", concurrency_limit=None)
 
 
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Say in words of ours that the queue is full.
+
+    Of a 503 a page shows Gradio's own words, of another status those of the answer; other clients
+    know a full queue by its 503. Pages, and no one else, name an origin.
+    """
+    assert isinstance(error, HTTPException)
+    if not str(error.detail).startswith("Queue is full"):
+        return await http_exception_handler(request, error)
+    said = f"The server is busy: {WAITING} requests wait, and no more may. Try again in a moment."
+    return JSONResponse({"detail": said}, 429 if "origin" in request.headers else 503)
+
+
 def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
     """Serve the app with its look, and nothing that asks another server for anything.
 
@@ -285,6 +301,7 @@ def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
         "enable_monitoring": False,
         "state_session_capacity": SESSIONS,
         "max_file_size": "1gb",
+        "app_kwargs": {"exception_handlers": {503: _refuse}},
     }
     return app.launch(**(settings | options))
 
@@ -301,6 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="spread models over all cards, in place of --device",
     )
     parser.add_argument("--quantize", choices=("8bit", "4bit"), help="needs bitsandbytes")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are a user's turns in a chat, read through the model's template",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to serve others (127.0.0.1)")
     parser.add_argument(
         "--locked", action="store_true", help="users open no models or editors, and train none"
@@ -323,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=options.device,
             quantize=options.quantize,
             device_map=options.device_map,
+            chat=options.chat,
         )
     except WorkbenchError as error:
         parser.exit(1, f"{error}\n")

@@ -59,7 +59,7 @@ def session(shelf: Shelf) -> Iterator[Session]:
 
 
 def switched(session: Session, source: Path | str) -> list[tuple]:
-    return list(models.switch(session, str(source), ""))
+    return list(models.switch(session, str(source), "", False))
 
 
 def test_a_model_is_estimated_then_opened_without_the_edits(session: Session, folder: Path):
@@ -69,7 +69,7 @@ def test_a_model_is_estimated_then_opened_without_the_edits(session: Session, fo
     assert len(opening) == len(opened) == 3 + SCREEN + page.FORM
     assert "It fits." in opening[0]
     assert str(folder) in opened[0]
-    assert "1 edit of the model before stayed behind" in opened[0]
+    assert "1 edit of the session before stayed behind" in opened[0]
     assert "No trained editor is known" in opened[0]
     assert str(folder) in opened[1]
     assert opened[2]["choices"] == [("Fine-tuning", "ft")]

@@ -12,7 +12,7 @@ import gradio as gr
 import psutil
 import pytest
 import torch
-from families import language_model
+from families import chat_model, language_model
 
 from apps.editor import figures, markup, models, runs, train
 from apps.editor.run import ABOUT, Run
@@ -168,6 +168,28 @@ def test_a_stopped_run_keeps_its_editor_and_is_resumed(
     assert (resumed.state, resumed.step) == ("finished", 3), resumed.plan.said
     with pytest.raises(gr.Error, match="mine is finished, after 3 steps"):
         train.resume(session, "mine")
+
+
+def test_a_run_goes_on_with_the_template_that_it_began_with(
+    data: Path, gate: threading.Event, tmp_path: Path
+):
+    lm = chat_model()
+    session = Session(Shelf(Workbench(lm, FineTune(lm))), Runs(tmp_path / "runs"))
+    run = begin(session, data)
+    wait(lambda: run.step == 1)
+    assert "· chat" in markup.run_status(run)
+    session.runs.stop()
+    gate.set()
+    wait(lambda: not run.live)
+    session.use(session.model, chat=False)
+    train.resume(session, "mine")
+    resumed = session.runs.last
+    assert resumed is not None
+    wait(lambda: not resumed.live)
+    assert (resumed.state, resumed.step) == ("finished", 3), resumed.plan.said
+    about = json.loads((resumed.folder / "editor.json").read_text())
+    assert about["card"]["chat"] is True
+    session.close()
 
 
 def test_a_run_of_a_killed_server_is_shown_and_resumed(

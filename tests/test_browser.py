@@ -17,7 +17,9 @@ import torch
 from families import FAMILIES, tiny_tokenizer
 from playwright.sync_api import Browser, Download, Page, expect, sync_playwright
 
+from apps import editor_app
 from apps.editor_app import MODEL, build, launch
+from tests import soak
 from workbench import FineTune, FineTuneConfig, Workbench, compare
 from workbench.corpus import EXAMPLES
 
@@ -339,6 +341,36 @@ def test_another_model_is_opened_and_edited(open_page: Callable[..., Page], tmp_
     page.locator("#edit").click()
     expect(page.locator("#history .title")).to_contain_text("abba is → xy")
     expect(row(page)).to_contain_text("abba is")
+
+
+def test_a_chat_is_opened_and_its_tokens_are_shown(open_page: Callable[..., Page]):
+    page = open_page()
+    expect(page.locator(".facts").first).not_to_contain_text("chat")
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model-chat input").check()
+    page.locator("#model-open").click()
+    expect(page.locator("#model-said")).to_contain_text("Prompts go through its chat template")
+    expect(page.locator(".facts").first).to_contain_text("prompts through its chat template")
+    page.get_by_role("tab", name="Edit", exact=True).click()
+    make_edit(page)
+    page.get_by_role("tab", name="Tokens").click()
+    shown = page.locator("#tokens tbody tr")
+    expect(shown.first).to_contain_text("<|im_start|>")
+    expect(shown.last).to_contain_text(EXAMPLE.target)
+    expect(shown.last).to_contain_text("target")
+
+
+def test_a_page_says_that_the_queue_is_full(browser: Browser, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(editor_app, "WAITING", 0)
+    with soak.served(soak.tiny_bench()) as app:
+        page = browser.new_page()
+        page.goto(str(app.local_url))
+        page.locator("#compare").click()
+        expect(page.get_by_test_id("toast-body")).to_contain_text(
+            "0 requests wait, and no more may. Try again in a moment."
+        )
+        expect(page.locator("#cancel")).to_be_hidden()
+        page.close()
 
 
 def test_a_model_that_does_not_fit_is_refused_and_edits_stay(

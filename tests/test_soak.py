@@ -133,6 +133,12 @@ def test_a_full_queue_refuses_with_a_message(
         with pytest.raises(QueueError, match="Queue is full! Please try again"):
             client.predict(api_name="/history")
         client.close()
+        url = f"{app.local_url}gradio_api/call/history"
+        # A page shows what is said with any status but 503, which other clients know.
+        for headers, status in (({}, 503), ({"origin": str(app.local_url)}, 429)):
+            answer = httpx.post(url, json={"data": []}, headers=headers, timeout=soak.PATIENCE)
+            assert answer.status_code == status
+            assert "0 requests wait, and no more may. Try again" in answer.json()["detail"]
 
 
 def test_undo_forgets_the_oldest_actions_where_edits_take_too_much(bench: Workbench) -> None:

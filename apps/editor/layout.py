@@ -41,6 +41,10 @@ FIGURES = {
         1,
     ),
 }
+TOKENS = (
+    "What the edit is to the model, token by token, with those that a chat template adds. The "
+    "prompt's are read; the marked ones are the target, whose loss the edit is made from."
+)
 
 
 def form(session: Session) -> tuple[list[gr.Textbox], dict[str, Any], gr.Radio]:
@@ -105,7 +109,7 @@ def history() -> tuple[gr.HTML, gr.Button, gr.Button, dict[str, Any]]:
 
 
 def figures() -> tuple[list[Any], dict[str, gr.Button], dict[str, Any]]:
-    """Tabs of figures: every prompt's probability, the inside of the edit in view, its reach."""
+    """Tabs: every prompt's probability, the inside of the edit in view, its reach, its tokens."""
     with gr.Column(visible=False, elem_id="figures") as column:
         title = gr.HTML(apply_default_css=False)
         plots, probing = [], {}
@@ -118,8 +122,11 @@ def figures() -> tuple[list[Any], dict[str, gr.Button], dict[str, Any]]:
                         continue
                     with gr.Row():
                         plots += [gr.Plot(show_label=False, min_width=320) for _ in range(count)]
+            with gr.Tab("Tokens"):
+                gr.Markdown(TOKENS)
+                tokens = gr.HTML(elem_id="tokens", apply_default_css=False)
         buttons = saving()
-    return [column, plots[0], title, *plots[1:]], buttons, probing
+    return [column, plots[0], title, tokens, *plots[1:]], buttons, probing
 
 
 def saving() -> dict[str, gr.Button]:

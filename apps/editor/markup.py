@@ -14,6 +14,8 @@ from workbench.results import HistoryEntry
 from workbench.style import KIND_COLORS
 from workbench.tables import KINDS, placeholder
 
+MOST_TOKENIZED = 8  # requests of one edit, whose tokens are shown
+
 # Clicks in the history become one event, `act`, that names the action, the edit and a value.
 HISTORY_SCRIPT = """
 const send = (source, value) => trigger('act', {
@@ -43,6 +45,7 @@ def header(bench: Workbench, editor: str) -> str:
         "device": str(lm.device),
         "dtype": str(lm.dtype).removeprefix("torch."),
         "weights": lm.quantization,
+        "prompts": "through its chat template" if lm.chat else "",
         "memory": f"{lm.model.get_memory_footprint() / 2**20:,.0f} MiB",
         "editor": LABELS.get(editor, editor),
         "edits": f"{len(layers)} matrices in block{'s' * (',' in blocks)} {blocks}",
@@ -134,7 +137,8 @@ def run_status(run: Run | None) -> str:
         latest |= record
     share = run.step / run.steps
     left = (run.steps - run.step) * (run.seconds_per_step or 0.0)
-    facts = [f"step {run.step:,} of {run.steps:,}", f"{run.plan.data} · {run.plan.model}"]
+    about = f"{run.plan.data} · {run.plan.model}{' · chat' * run.plan.chat}"
+    facts = [f"step {run.step:,} of {run.steps:,}", about]
     if run.live and left:
         facts.append(f"about {max(1, round(left / 60))} min left" if left > 50 else "almost done")
     if "total" in latest:
@@ -167,6 +171,14 @@ def figures_title(edit: Edit | None) -> str:
     if edit.trace is None:
         return placeholder(f"Edit {edit.id} was imported as an adapter: it has no factors.")
     return f"<h3>Inside edit {edit.id}: {escape(edit.title)}</h3>"
+
+
+def token_tables(bench: Workbench, edit: Edit | None) -> str:
+    """What the edit in view is to the model; of a batch, its first requests."""
+    requests = edit.requests[:MOST_TOKENIZED] if edit else ()
+    tables = "".join(bench.tokens(r.prompt, r.target)._repr_html_() for r in requests)
+    scrolled = f'<div class="tokens" role="region" aria-label="Tokens" tabindex="0">{tables}</div>'
+    return scrolled if tables else ""
 
 
 def history_list(entries: Iterable[HistoryEntry], shown: int | None) -> str:

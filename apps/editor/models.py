@@ -11,7 +11,7 @@ from apps.editor import markup, page
 from apps.editor.sessions import SCREEN, Session, guarded, readable
 from apps.editor.shelf import LABELS
 from workbench import EditorError
-from workbench.models import Quantization
+from workbench.models import DEFAULT_MODEL, Quantization
 from workbench.tables import placeholder
 
 WEIGHTS: list[tuple[str, str]] = [("Full", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
@@ -34,26 +34,37 @@ def choice(session: Session) -> dict[str, Any]:
     }
 
 
-def layout() -> dict[str, Any]:
-    """The tab's components by name."""
+def layout(session: Session) -> dict[str, Any]:
+    """The tab's components by name; its form tells what is open."""
+    lm = session.bench.lm
     with gr.Row():
         with gr.Column(min_width=320):
             gr.Markdown(
                 "### Another model\n"
                 "All users of this server share its open models; their edits are their own. "
-                "**Opening another one begins a session without edits.** To keep yours, press "
-                "*Save session* on the Edit tab first; it can be loaded when the model is open "
-                "again."
+                "**Opening another one, or the same with other settings, begins a session without "
+                "edits.** To keep yours, press *Save session* on the Edit tab first; it can be "
+                "loaded when the model is open again."
             )
             source = gr.Textbox(
-                "",
+                "" if lm.source == DEFAULT_MODEL else lm.source,
                 label="Model",
                 placeholder="empty: the embedded model",
                 info="Hub id (org/name), or a folder or .gguf file on the server",
                 elem_id="model-source",
             )
             quantize = gr.Radio(
-                WEIGHTS, value="", label="Weights", info="8-bit and 4-bit need bitsandbytes"
+                WEIGHTS,
+                value=lm.quantization or "",
+                label="Weights",
+                info="8-bit and 4-bit need bitsandbytes",
+            )
+            chat = gr.Checkbox(
+                lm.chat,
+                label="Chat",
+                info="Prompts are a user's turns, read through the model's chat template, and "
+                "targets what the assistant should say",
+                elem_id="model-chat",
             )
             with gr.Row():
                 estimate = gr.Button("Estimate", min_width=120, elem_id="model-estimate")
@@ -84,6 +95,7 @@ def layout() -> dict[str, Any]:
     return {
         "source": source,
         "quantize": quantize,
+        "chat": chat,
         "estimate": estimate,
         "open": open,
         "said": said,
@@ -103,7 +115,7 @@ def estimate(session: Session, source: str, quantize: str) -> str:
         return markup.memory(session.shelf.estimate(source.strip(), _quantization(quantize)))
 
 
-def switch(session: Session, source: str, quantize: str) -> Iterator[tuple[Any, ...]]:
+def switch(session: Session, source: str, quantize: str, chat: bool) -> Iterator[tuple[Any, ...]]:
     """Open a model and begin a session over it: the text, header, editors, then the screen."""
     source, held = source.strip(), _quantization(quantize)
     with readable():
@@ -112,13 +124,15 @@ def switch(session: Session, source: str, quantize: str) -> Iterator[tuple[Any, 
             said = markup.memory(needed, "Opening it …" if needed.fits else "")
             yield said, *(gr.skip(),) * (2 + SCREEN + page.FORM)
         model = session.shelf.open(source, held)
-    with session.lock:
+    with session.lock, readable():
         left = len(session.bench.edits)
-        session.use(model)
+        session.use(model, chat=chat)
         shown = page.screen(session)
     said = f"{model.lm.source} is open. "
+    if chat:
+        said += "Prompts go through its chat template. "
     if left:
-        said += f"{left} edit{'s' * (left > 1)} of the model before stayed behind. "
+        said += f"{left} edit{'s' * (left > 1)} of the session before stayed behind. "
     if len(model.editors) == 1:
         said += (
             "No trained editor is known for it: edits are made by fine-tuning, until you open an "

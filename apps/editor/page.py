@@ -76,9 +76,9 @@ def screen(session: Session, note: str = "") -> tuple[Any, ...]:
 
 
 def _inside(session: Session, edit: Edit | None) -> tuple[Any, ...]:
-    """The edit's own figures and their title, drawn only when another edit comes into view."""
+    """The edit's title, tokens and own figures, drawn only when another edit comes into view."""
     if session.drawn == (edit,):
-        return (gr.skip(),) * 5
+        return (gr.skip(),) * 6
     session.drawn = (edit,)
     trace = edit.trace if edit else None
     made: dict[str, Any] = dict.fromkeys(INSIDE)
@@ -90,7 +90,9 @@ def _inside(session: Session, edit: Edit | None) -> tuple[Any, ...]:
             plots.spectra(trace),
         )
         made = dict(zip(INSIDE, figures, strict=True))
-    return markup.figures_title(edit), *(shown(session, *item) for item in made.items())
+    tokens = markup.token_tables(session.bench, edit)
+    drawn = (shown(session, *item) for item in made.items())
+    return markup.figures_title(edit), tokens, *drawn
 
 
 def _overlap(session: Session) -> Any:
@@ -239,9 +241,9 @@ def save(session: Session) -> str:
     return _zipped(session.bench.save(session.folder("session")))
 
 
-@streamed(extra=FORM)
+@streamed(extra=FORM + 1)
 def load(session: Session, path: str) -> tuple[Any, ...]:
-    """Take a saved session's edits in place of those at hand."""
+    """Take a saved session's edits, and its way of reading prompts, in place of those at hand."""
     folder = session.folder("loaded")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -261,4 +263,5 @@ def load(session: Session, path: str) -> tuple[Any, ...]:
     filled: tuple[str, ...] = ()
     if session.bench.edits:
         filled = _show(session, session.bench.edits[-1])
-    return *screen(session), *(filled or form("", "", ()))
+    header = markup.header(session.bench, session.editor)
+    return *screen(session), *(filled or form("", "", ())), header

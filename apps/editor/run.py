@@ -33,6 +33,7 @@ class Plan:
         editor: Settings of the editor, as JSON values.
         training: Settings of training, as JSON values.
         skip_bad: Leave out records that cannot be read.
+        chat: Prompts are read through the model's chat template.
         state: "running", "stopped", "finished" or "failed".
         said: Why it failed, or how it ended.
         server: Process id and start time of the server that began it last.
@@ -44,6 +45,7 @@ class Plan:
     editor: dict[str, Any]
     training: dict[str, Any]
     skip_bad: bool = False
+    chat: bool = False
     state: str = "running"
     said: str = ""
     server: Sequence[float] = ()

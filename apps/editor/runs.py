@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +99,7 @@ class Runs:
         editor: MendConfig = EDITING,
         training: TrainingConfig = TRAINING,
         skip_bad: bool = False,
+        chat: bool = False,
     ) -> Run:
         """Start a run in the background.
 
@@ -110,12 +111,13 @@ class Runs:
             editor: Settings of the editor.
             training: Settings of training.
             skip_bad: Leave out records that cannot be read.
+            chat: Read prompts through the model's chat template.
 
         Raises:
             EditorError: A run is in progress, the name is taken, or a setting is wrong.
             DataError: The data cannot be read.
         """
-        place, lm = self._place(name), model.lm
+        place, lm = self._place(name), replace(model.lm, chat=chat)
         with self._lock:
             self._refuse_second()
             if place.exists():
@@ -125,7 +127,8 @@ class Runs:
             spec = f"{data}:{upload}" if upload else data
             examples, validation = _read(spec, skip_bad)
             kept = f"{data}:{upload.name}" if upload else data
-            plan = Plan(lm.source, lm.precision, kept, asdict(editor), asdict(training), skip_bad)
+            settings = asdict(editor), asdict(training)
+            plan = Plan(lm.source, lm.precision, kept, *settings, skip_bad, chat)
             run = Run(place, plan)
             trainer = _trainer(run, lm, examples, validation)
             place.mkdir(parents=True)
@@ -160,6 +163,7 @@ class Runs:
                 )
             format, colon, file = plan.data.partition(":")
             spec = f"{format}:{run.folder / DATA / file}" if colon else format
+            lm = replace(lm, chat=plan.chat)
             trainer = _trainer(run, lm, *_read(spec, plan.skip_bad))
             self.last = run
             run.begin(trainer, model)
@@ -239,6 +243,11 @@ def _trainer(
         TrainingConfig(**run.plan.training),
         run.folder,
         validation=validation,
-        card={"data": run.plan.data, "split": "train", "examples": len(examples)},
+        card={
+            "data": run.plan.data,
+            "split": "train",
+            "examples": len(examples),
+            "chat": lm.chat,
+        },
         on_step=on_step,
     )

@@ -25,6 +25,7 @@ from apps.editor.runs import Runs
 from apps.editor.shelf import OpenModel, Shelf
 from workbench import Comparison, Edit, EditError, EditorError, Probe, Workbench, WorkbenchError
 from workbench.cancel import cancellable, checkpoint
+from workbench.editors import with_chat
 from workbench.errors import Cancelled
 from workbench.tables import comparison_table
 
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 MOST_PROMPTS = 64
 REDRAWN = 0.3  # seconds between two drawings of a table that grows
-SCREEN = 16  # components that show a session: what `page.screen` gives values for
+SCREEN = 17  # components that show a session: what `page.screen` gives values for
 
 
 class Session:
@@ -63,14 +64,23 @@ class Session:
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return Session(self.shelf, self.runs)
 
-    def use(self, model: OpenModel) -> None:
-        """Begin anew over a model, without edits."""
+    def use(self, model: OpenModel, *, chat: bool | None = None) -> None:
+        """Begin anew over a model, without edits.
+
+        Args:
+            model: One of the shelf's.
+            chat: Read prompts through its chat template, or not; None: as it was opened.
+
+        Raises:
+            ModelError: It has no chat template; nothing has changed.
+        """
+        name = model.preferred
+        editor = with_chat(model.editors[name], model.lm.chat if chat is None else chat)
         for other in (getattr(self, "model", model), model):
             other.users.discard(self)
         model.users.add(self)
-        self.model = model
-        self.editor = model.preferred
-        self.look_at(Workbench(model.lm, model.editors[self.editor], model.most_bytes))
+        self.model, self.editor = model, name
+        self.look_at(Workbench(editor.lm, editor, model.most_bytes))
 
     def look_at(self, bench: Workbench) -> None:
         """Take another workbench over the same model, with nothing of it on the screen yet."""
@@ -120,7 +130,8 @@ class Session:
         if editor not in self.model.editors:
             known = ", ".join(self.model.editors)
             raise EditError(f"There is no editor {editor!r} for this model. Choose one of: {known}")
-        self.editor, self.bench.editor = editor, self.model.editors[editor]
+        self.editor = editor
+        self.bench.editor = with_chat(self.model.editors[editor], self.bench.lm.chat)
 
     def watched(self) -> Run | None:
         """The training run to show: the one asked for, else the server's last."""

@@ -217,6 +217,7 @@ def start(
         editor=editor,
         training=training,
         skip_bad=skip_bad,
+        chat=session.bench.lm.chat,
     )
     return _now(session, run)
 
