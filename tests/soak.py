@@ -245,13 +245,13 @@ def same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
 
 
 @contextmanager
-def served(bench: Workbench) -> Iterator[gr.Blocks]:
+def served(bench: Workbench, *, locked: bool = True) -> Iterator[gr.Blocks]:
     """The app over a workbench, at a port that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     with mock.patch.dict(os.environ, SOON):
-        app = build(bench, locked=True)
+        app = build(bench, locked=locked)
         launch(app, server_port=port, prevent_thread_lock=True, quiet=True)
         try:
             yield app

@@ -6,15 +6,17 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import gradio as gr
 import psutil
 import pytest
 import torch
-from families import FAMILIES, tiny_tokenizer
+from families import FAMILIES, chat_model, tiny_tokenizer
 from playwright.sync_api import Browser, Download, Page, expect, sync_playwright
 
 from apps import editor_app
@@ -55,6 +57,7 @@ def url(
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        expect.set_options(timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -88,7 +91,6 @@ def open_page(browser: Browser, url: str) -> Iterator[Callable[..., Page]]:
         expect(page.locator("#edit")).to_be_visible()
         return page
 
-    expect.set_options(timeout=PATIENCE)
     yield opened
     for context in contexts:
         context.close()
@@ -343,28 +345,40 @@ def test_another_model_is_opened_and_edited(open_page: Callable[..., Page], tmp_
     expect(row(page)).to_contain_text("abba is")
 
 
-def test_a_chat_is_opened_and_its_tokens_are_shown(open_page: Callable[..., Page]):
-    page = open_page()
-    expect(page.locator(".facts").first).not_to_contain_text("chat")
-    page.get_by_role("tab", name="Model").click()
-    page.locator("#model-chat input").check()
-    page.locator("#model-open").click()
-    expect(page.locator("#model-said")).to_contain_text("Prompts go through its chat template")
-    expect(page.locator(".facts").first).to_contain_text("prompts through its chat template")
-    page.get_by_role("tab", name="Edit", exact=True).click()
-    make_edit(page)
-    page.get_by_role("tab", name="Tokens").click()
-    shown = page.locator("#tokens tbody tr")
-    expect(shown.first).to_contain_text("<|im_start|>")
-    expect(shown.last).to_contain_text(EXAMPLE.target)
-    expect(shown.last).to_contain_text("target")
+def page_of(browser: Browser, app: gr.Blocks) -> Page:
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(str(app.local_url))
+    return page
+
+
+def test_a_chat_is_opened_and_its_tokens_are_shown(browser: Browser):
+    lm = replace(chat_model(), chat=False)
+    bench = Workbench(lm, FineTune(lm, FineTuneConfig(max_steps=2)))
+    with soak.served(bench, locked=False) as app:
+        page = page_of(browser, app)
+        expect(page.locator(".facts").first).not_to_contain_text("chat")
+        page.get_by_role("tab", name="Model").click()
+        page.locator("#model-chat input").check()
+        page.locator("#model-open").click()
+        expect(page.locator("#model-said")).to_contain_text("Prompts go through its chat template")
+        expect(page.locator(".facts").first).to_contain_text("prompts through its chat template")
+        page.get_by_role("tab", name="Edit", exact=True).click()
+        page.locator("#prompt textarea, #prompt input").fill("abba is")
+        page.locator("#target textarea, #target input").fill("xy")
+        page.locator("#edit").click()
+        expect(page.locator("#history .entry")).to_have_count(1)
+        page.get_by_role("tab", name="Tokens").click()
+        shown = page.locator("#tokens tbody tr")
+        expect(shown.first).to_contain_text("<s>")
+        expect(shown.filter(has_text="target")).to_have_count(2)
+        page.close()
 
 
 def test_a_page_says_that_the_queue_is_full(browser: Browser, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(editor_app, "WAITING", 0)
     with soak.served(soak.tiny_bench()) as app:
-        page = browser.new_page()
-        page.goto(str(app.local_url))
+        page = page_of(browser, app)
         page.locator("#compare").click()
         expect(page.get_by_test_id("toast-body")).to_contain_text(
             "0 requests wait, and no more may. Try again in a moment."
