@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, open the model, serve until interrupted."""
     parser = argparse.ArgumentParser(description="Edit a language model in the browser.")
     parser.add_argument("--model", help="hub id, folder or GGUF file; default: the embedded one")
-    parser.add_argument("--editor", help="a trained editor's folder, or ft")
+    parser.add_argument("--editor", help="a trained editor's folder or hub id, or ft")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument(
         "--device-map",

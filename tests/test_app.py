@@ -30,7 +30,7 @@ from workbench import (
     Workbench,
     tables,
 )
-from workbench.editors import load_editor, shipped_editor
+from workbench.editors import Mend, shipped_editor
 from workbench.results import HistoryEntry
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def test_texts_are_shown_as_text():
 
 def test_the_header_tells_how_the_editor_was_trained(bench: Workbench, default_model):
     assert "<details>" not in markup.header(bench, "ft")
-    editor = load_editor(shipped_editor(), default_model)
+    editor = Mend.from_pretrained(shipped_editor(), default_model)
     shown = Page(markup.header(Workbench(default_model, editor), "mend"))
     assert f"{default_model.model.get_memory_footprint() / 2**20:,.0f} MiB" in shown.text
     assert f"{editor.card['edits_seen']:,}" in shown.text

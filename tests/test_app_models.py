@@ -18,7 +18,6 @@ from apps.editor import models, page
 from apps.editor.sessions import SCREEN, Session
 from apps.editor.shelf import Shelf
 from workbench import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig, ModelError, Workbench
-from workbench.editors import save_editor
 from workbench.editors.proposals import gradient_factors
 from workbench.models import LanguageModel, open_model
 
@@ -39,10 +38,11 @@ def saved(folder: Path, family: str) -> Path:
 def trained(folder: Path, lm: LanguageModel) -> Path:
     """A MEND editor that has seen one edit."""
     editor = Mend(lm, MendConfig(rank=2, blocks=[-1]))
+    editor.card = {"steps": 1}
     with torch.no_grad():
         asked = [EditRequest("abba is", "xy")]
         editor.transform(gradient_factors(lm, editor.layers, asked)[1], gather=True)
-    return save_editor(editor, folder, {"steps": 1})
+    return editor.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_an_editor_that_does_not_fit_is_refused_and_nothing_is_lost(
 
 def test_an_untrained_editor_is_refused_with_what_to_do_instead(session: Session, tmp_path: Path):
     lm = session.bench.lm
-    save_editor(Mend(lm, MendConfig(rank=2, blocks=[-1])), tmp_path / "fresh", {})
+    Mend(lm, MendConfig(rank=2, blocks=[-1])).save_pretrained(tmp_path / "fresh")
     with pytest.raises(gr.Error, match=r"never trained.*Train tab.*fine-tuning"):
         models.add(session, str(tmp_path / "fresh"))
     assert list(session.model.editors) == ["ft"]

@@ -11,7 +11,7 @@ import torch
 from workbench import commands, open_model
 from workbench.__main__ import main
 from workbench.data import read
-from workbench.editors import load_editor
+from workbench.editors import TrainableEditor
 
 FRANCE = "The capital of France is"
 SETTINGS = [
@@ -195,7 +195,7 @@ def test_an_editor_is_packed_with_more_rounds(
     out = ["--out", str(tmp_path / "packed")]
     assert main(["pack", "--editor", str(tmp_path / "mend"), *rounds, *out]) == 0
     lm = open_model(tiny_model, device="cpu", progress=False)
-    settings = load_editor(tmp_path / "packed", lm).settings()
+    settings = TrainableEditor.from_pretrained(tmp_path / "packed", lm).settings()
     assert (settings["rounds"], settings["later_strength"]) == (3, 0.5)
     assert main(["pack", "--editor", str(tmp_path / "ke"), *rounds, *out]) == 2
     assert "--later-strength, --rounds: mend has such settings" in capsys.readouterr().err
@@ -217,7 +217,7 @@ def test_editors_are_averaged_by_share(
     assert main([*mix, "--share", "0.25", "--out", str(tmp_path / "mixed")]) == 0
     lm = open_model(tiny_model, device="cpu", progress=False)
     one, two, mixed = (
-        dict(load_editor(tmp_path / name, lm).named_parameters())
+        dict(TrainableEditor.from_pretrained(tmp_path / name, lm).named_parameters())
         for name in ("one", "two", "mixed")
     )
     assert any(not torch.equal(one[name], two[name]) for name in one)
@@ -228,6 +228,6 @@ def test_editors_are_averaged_by_share(
     again = ["--editor", str(tmp_path / "mixed"), "--average", str(tmp_path / "one")]
     assert main(["pack", "--model", tiny_model, *again, "--out", str(tmp_path / "both")]) == 0
     said = "0.25 of the weights come from two, then 0.5 of the weights come from one"
-    assert load_editor(tmp_path / "both", lm).card["averaged"] == said
+    assert TrainableEditor.from_pretrained(tmp_path / "both", lm).card["averaged"] == said
     assert main([*mix, "--share", "2", "--out", str(tmp_path / "no")]) == 2
     assert "got 2.0" in capsys.readouterr().err

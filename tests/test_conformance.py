@@ -31,9 +31,7 @@ from workbench.editors import (
     TrainableEditor,
     editor_class,
     editor_names,
-    load_editor,
     open_editor,
-    save_editor,
 )
 from workbench.encoding import collate, tokenize
 from workbench.errors import Cancelled
@@ -267,7 +265,9 @@ def test_the_same_request_gives_the_same_update(editor: Editor):
 
 def test_an_editor_made_again_from_its_file_or_settings_edits_alike(editor: Editor, tmp_path: Path):
     if isinstance(editor, TrainableEditor):
-        again: Editor = load_editor(save_editor(editor, tmp_path / "editor", {}), editor.lm)
+        again: Editor = TrainableEditor.from_pretrained(
+            editor.save_pretrained(tmp_path / "editor"), editor.lm
+        )
     else:
         settings = json.loads(json.dumps(editor.settings()))
         again = open_editor(editor.name, editor.lm, settings)

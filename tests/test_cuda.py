@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from workbench import EditExample, Statement, Workbench
-from workbench.editors import Editor, TrainableEditor, load_editor, save_editor
+from workbench.editors import Editor, TrainableEditor
 from workbench.encoding import collate, label_names, tokenize
 from workbench.evaluate import evaluate
 from workbench.models import LanguageModel, Quantization, open_model
@@ -60,7 +60,9 @@ def twins(name: str, family: str, folder: Path) -> tuple[Editor, Editor]:
     """One editor over a model on the CPU, and over the same one on the card."""
     here = MAKERS[name](language_model(family))
     assert isinstance(here, TrainableEditor)
-    return here, load_editor(save_editor(here, folder / "editor", {}), on_card(family))
+    return here, TrainableEditor.from_pretrained(
+        here.save_pretrained(folder / "editor"), on_card(family)
+    )
 
 
 def near(found: Tensor, expected: Tensor) -> None:
@@ -222,7 +224,7 @@ def test_a_model_split_over_card_and_processor_is_edited(tmp_path: Path):
     split = open_model(tmp_path / "model", device_map=parts, dtype="float32", progress=False)
     here = MAKERS["mend"](whole)
     assert isinstance(here, TrainableEditor)
-    there = load_editor(save_editor(here, tmp_path / "editor", {}), split)
+    there = TrainableEditor.from_pretrained(here.save_pretrained(tmp_path / "editor"), split)
     updates = [editor.propose(requests(editor)).update for editor in (here, there)]
     near(said(split, updates[1]), said(whole, updates[0]))
 
@@ -247,7 +249,7 @@ def test_a_model_spread_over_two_cards_edits_trains_and_is_measured(family: str,
     assert {weight.device.index for weight in split.model.parameters()} == {0, 1}
     here = MAKERS["mend"](whole)
     assert isinstance(here, TrainableEditor)
-    there = load_editor(save_editor(here, tmp_path / "editor", {}), split)
+    there = TrainableEditor.from_pretrained(here.save_pretrained(tmp_path / "editor"), split)
     benches = [Workbench(editor.lm, editor) for editor in (here, there)]
     base = said(split)
     near(base, said(whole))

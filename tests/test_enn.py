@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from workbench import Workbench
-from workbench.editors import Enn, EnnConfig, Mend, MendConfig, load_editor, save_editor
+from workbench.editors import Enn, EnnConfig, Mend, MendConfig
 from workbench.encoding import Tokens, collate, tokenize
 from workbench.errors import EditError, EditorError
 from workbench.evaluate import evaluate
@@ -186,7 +186,7 @@ def test_an_overlay_of_the_one_model_leaves_the_other_alone():
 def test_an_edit_is_one_gradient_step_and_undone_to_the_bit(family: str, tmp_path: Path):
     lm = opened(family)
     editor, checksum = stirred(editor_for(lm)), lm.checksum()
-    loaded = load_editor(save_editor(editor, tmp_path / "editor", {}), lm)
+    loaded = Enn.from_pretrained(editor.save_pretrained(tmp_path / "editor"), lm)
     assert isinstance(loaded, Enn)
     tensors, _ = read_tensors(tmp_path / "editor" / "editor.safetensors", EditorError)
     trained = {f"weights.{layer.name.replace('.', '-')}" for layer in editor.layers}
@@ -223,7 +223,7 @@ def test_a_session_comes_back_over_its_trained_base(tmp_path: Path):
     opened("llama").model.save_pretrained(tmp_path / "model")
     opened("llama").tokenizer.save_pretrained(tmp_path / "model")
     lm = open_model(tmp_path / "model", device="cpu", progress=False)
-    folder = save_editor(stirred(editor_for(lm)), tmp_path / "editor", {})
+    folder = stirred(editor_for(lm)).save_pretrained(tmp_path / "editor")
     bench = Workbench.open(tmp_path / "model", editor=folder, device="cpu")
     bench.edit("Her name was", "Jo")
     bench.save(tmp_path / "session")

@@ -43,7 +43,7 @@ from workbench.__main__ import main
 from workbench.adapters import CONFIG, WEIGHTS, import_peft
 from workbench.commands import _figures, _kept
 from workbench.data import read
-from workbench.editors import load_editor, save_editor
+from workbench.editors import TrainableEditor
 from workbench.files import read_tensors, write_tensors, write_text
 from workbench.gguf import prepare
 from workbench.training import CHECKPOINT
@@ -95,7 +95,7 @@ from families import language_model
 from test_faults import mend
 from workbench import Workbench, WorkbenchError
 from workbench.adapters import import_peft
-from workbench.editors import load_editor, save_editor
+from workbench.editors import TrainableEditor
 from workbench.files import write_text
 from workbench.gguf import prepare
 from workbench.sessionfile import read_session
@@ -118,12 +118,16 @@ def unpacked(folder):
     found = folder / "models" / "made" / "n"
     return int(found.read_text()) if found.parent.is_dir() else 0
 
+def keep(folder, n):
+    wb.editor.card = {"n": n}
+    wb.editor.save_pretrained(folder)
+
 TASKS = {
     "session": (lambda folder, n: (one, wb)[n - 1].save(folder),
                 lambda folder: len(read_session(folder).edits)),
     "adapter": (lambda folder, n: (one, wb)[n - 1].to_peft(folder), adapter),
-    "editor": (lambda folder, n: save_editor(wb.editor, folder, {"n": n}),
-               lambda folder: load_editor(folder, wb.lm).card["n"]),
+    "editor": (keep,
+               lambda folder: TrainableEditor.from_pretrained(folder, wb.lm).card["n"]),
     "unpacked": (lambda folder, n: unpack(folder, n) if n == 2 else folder.mkdir(), unpacked),
 }
 
@@ -537,7 +541,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wb.edit(PROMPT, TARGET)
     wb.save(folder / "session")
     wb.to_peft(folder / "adapter")
-    save_editor(mend(wb.lm), folder / "editor", {"data": ["facts"]})
+    editor = mend(wb.lm)
+    editor.card = {"data": ["facts"]}
+    editor.save_pretrained(folder / "editor")
     trainer_for(folder / "run", on_step=lambda progress, _: progress.step < 4).run(bar=False)
     wb.lm.model.save_pretrained(folder / "model")
     wb.lm.tokenizer.save_pretrained(folder / "model")
@@ -566,7 +572,7 @@ def test_any_editor_is_loaded_or_refused(saved: Path, data: st.DataObject):
     wb, (path, whole) = bench(), files_of(saved / "editor", "editor.safetensors")
     try:
         spoil_tensors_file(path, whole, data)
-        editor = refused_or(lambda: load_editor(saved / "editor", wb.lm))
+        editor = refused_or(lambda: TrainableEditor.from_pretrained(saved / "editor", wb.lm))
         if isinstance(editor, Mend):
             refused_or(lambda: Workbench(wb.lm, editor).edit(PROMPT, TARGET))
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from workbench import Workbench
-from workbench.editors import Ke, KeConfig, load_editor, save_editor
+from workbench.editors import Ke, KeConfig
 from workbench.editors.proposals import CapturedEdits, capture_edits
 from workbench.encoding import collate
 from workbench.errors import EditorError
@@ -184,7 +184,7 @@ def test_first_steps_of_training_lower_the_loss_and_leave_the_model_alone(family
 def test_it_is_saved_reproducible_and_undone_to_the_bit(family: str, tmp_path: Path):
     lm = opened(family)
     editor, twin = stirred(editor_for(lm)), stirred(editor_for(lm))
-    loaded = load_editor(save_editor(editor, tmp_path, {}), lm)
+    loaded = Ke.from_pretrained(editor.save_pretrained(tmp_path), lm)
     assert isinstance(loaded, Ke)
     requests = requests_for(lm)
     update = editor.propose(requests).update

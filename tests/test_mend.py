@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from workbench.editors.base import load_editor, save_editor
+from workbench.editors.base import TrainableEditor
 from workbench.editors.mend import EditorNetwork, Mend, MendConfig
 from workbench.editors.proposals import EditRequest, gradient_factors
 from workbench.encoding import collate, tokenize
@@ -491,8 +491,9 @@ def test_statistics_leave_out_dead_rows():
 @pytest.mark.parametrize("gate", [0.0, 0.5])
 def test_saved_editor_makes_the_same_update_to_the_bit(family: str, gate: float, tmp_path: Path):
     editor = stirred(editor_for(family, gate=gate))
-    assert save_editor(editor, tmp_path, {"data": "none"}) == tmp_path
-    loaded = load_editor(tmp_path, editor.lm)
+    editor.card = {"data": "none"}
+    assert editor.save_pretrained(tmp_path) == tmp_path
+    loaded = TrainableEditor.from_pretrained(tmp_path, editor.lm)
     assert isinstance(loaded, Mend)
     assert loaded.card == {"data": "none"}
     ours, theirs = (e.propose(requests(e.lm)).update for e in (editor, loaded))
@@ -509,67 +510,67 @@ def test_saved_editor_makes_the_same_update_to_the_bit(family: str, gate: float,
 
 
 def test_other_base_weights_are_warned_of(tmp_path: Path):
-    save_editor(editor_for("gpt2"), tmp_path, {})
+    editor_for("gpt2").save_pretrained(tmp_path)
     model = FAMILIES["gpt2"]()
     other = LanguageModel.wrap(model, tiny_tokenizer(), "another")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_editor(tmp_path, other)  # other object, same weights
+        TrainableEditor.from_pretrained(tmp_path, other)  # other object, same weights
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
     with pytest.warns(UserWarning, match="trained over tiny-gpt2 with weights"):
-        load_editor(tmp_path, other)
+        TrainableEditor.from_pretrained(tmp_path, other)
 
 
 def test_editor_of_another_model_is_refused(tmp_path: Path):
-    save_editor(editor_for("gpt2"), tmp_path, {})
+    editor_for("gpt2").save_pretrained(tmp_path)
     with pytest.raises(EditorError, match=r"trained for tiny-gpt2 and does not fit tiny-llama"):
-        load_editor(tmp_path, opened("llama"))
-    save_editor(editor_for("llama"), tmp_path, {})
+        TrainableEditor.from_pretrained(tmp_path, opened("llama"))
+    editor_for("llama").save_pretrained(tmp_path)
     with pytest.raises(EditorError, match=r"does not fit tiny-qwen2_moe"):
-        load_editor(tmp_path, opened("qwen2_moe"))
+        TrainableEditor.from_pretrained(tmp_path, opened("qwen2_moe"))
 
 
 def test_missing_and_damaged_editors_are_refused(tmp_path: Path):
     lm = opened("gpt2")
     with pytest.raises(EditorError, match="There is no file"):
-        load_editor(tmp_path / "nowhere", lm)
-    path = save_editor(editor_for("gpt2"), tmp_path, {}) / "editor.safetensors"
+        TrainableEditor.from_pretrained(tmp_path / "nowhere", lm)
+    path = editor_for("gpt2").save_pretrained(tmp_path) / "editor.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(EditorError, match="damaged or no safetensors file"):
-        load_editor(tmp_path, lm)
+        TrainableEditor.from_pretrained(tmp_path, lm)
 
 
 @pytest.mark.parametrize("missing", ["editor", "settings", "layers", "base_fingerprint", "card"])
 def test_files_that_hold_no_editor_are_refused(missing: str, tmp_path: Path):
     lm, editor = opened("gpt2"), editor_for("gpt2")
-    path = save_editor(editor, tmp_path, {}) / "editor.safetensors"
+    path = editor.save_pretrained(tmp_path) / "editor.safetensors"
     about = json.loads((tmp_path / "editor.json").read_text())
     del about[missing]
     for metadata in ({"about": json.dumps(about)}, {"about": "[]"}, {"about": "{"}, {}):
         write_tensors(path, editor.state_dict(), metadata)
         with pytest.raises(EditorError, match="holds no editor that this version can read"):
-            load_editor(tmp_path, lm)
+            TrainableEditor.from_pretrained(tmp_path, lm)
 
 
 def test_unknown_editors_tensors_and_settings_are_refused(tmp_path: Path):
     lm, editor = opened("gpt2"), editor_for("gpt2")
-    path = save_editor(editor, tmp_path, {}) / "editor.safetensors"
+    path = editor.save_pretrained(tmp_path) / "editor.safetensors"
     about = json.loads((tmp_path / "editor.json").read_text())
     tensors = editor.state_dict()
     write_tensors(path, tensors, {"about": json.dumps(about | {"editor": "rune"})})
     with pytest.raises(EditorError, match=r"no editor 'rune'\. Editors: .*mend"):
-        load_editor(tmp_path, lm)
+        TrainableEditor.from_pretrained(tmp_path, lm)
     write_tensors(path, tensors, {"about": json.dumps(about | {"editor": "rome"})})
     with pytest.raises(EditorError, match="'rome', an editor without parameters"):
-        load_editor(tmp_path, lm)
+        TrainableEditor.from_pretrained(tmp_path, lm)
     write_tensors(path, tensors, {"about": json.dumps(about | {"settings": {"rang": 4}})})
     with pytest.raises(EditorError, match="rang"):
-        load_editor(tmp_path, lm)
+        TrainableEditor.from_pretrained(tmp_path, lm)
     del tensors["edit_lrs"]
     write_tensors(path, tensors, {"about": json.dumps(about)})
     with pytest.raises(EditorError, match="edit_lrs"):
-        load_editor(tmp_path, lm)
+        TrainableEditor.from_pretrained(tmp_path, lm)
 
 
 # What an edit leaves alone

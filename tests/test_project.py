@@ -28,7 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = (
     ("errors",),
     ("cancel", "shortage", "files", "recompute", "parallel"),
-    ("data", "claims", "hub", "readers", "corpus"),
+    ("data", "claims", "hub", "readers", "corpus", "sharing", "cards"),
     ("gguf", "shipped"),
     ("layers", "models", "memory", "encoding", "masks"),
     ("updates", "adapters"),

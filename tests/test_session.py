@@ -17,7 +17,6 @@ from workbench.editors import (
     Mend,
     MendConfig,
     open_editor,
-    save_editor,
 )
 from workbench.sessionfile import read_session
 
@@ -208,7 +207,7 @@ def test_a_session_opens_its_own_model_and_editor_again(tmp_path: Path) -> None:
 def test_a_session_outlives_its_editor(tmp_path: Path) -> None:
     lm = language_model("llama")
     mend = Mend(lm, MendConfig(rank=2, normalize=False))
-    save_editor(mend, tmp_path / "editor", {})
+    mend.save_pretrained(tmp_path / "editor")
     wb = Workbench(lm, open_editor(tmp_path / "editor", lm))
     wb.edit("a", "b")
     folder = wb.save(tmp_path / "session")

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from workbench import Workbench
 from workbench.__main__ import main
-from workbench.editors import TrainableEditor, load_editor, save_editor
+from workbench.editors import TrainableEditor
 from workbench.editors.enn import Enn
 from workbench.encoding import collate
 from workbench.errors import EditorError, ModelError
@@ -72,7 +72,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     editor = editor_for(family, whole, gate=0.1)
     MetaStep(editor.train(), TrainingConfig()).losses(edits_for(whole), backward=False)
     # No warning: the weights in parts have the fingerprint of the whole.
-    again = load_editor(save_editor(editor.eval(), folder / "editor", {}), split)
+    again = TrainableEditor.from_pretrained(editor.eval().save_pretrained(folder / "editor"), split)
     return Pair(editor, again, embeddings)
 
 

@@ -17,7 +17,7 @@ from families import language_model
 from runs import RUN, editor_for, examples, left_by, trainer_for
 
 from workbench.data import EditExample
-from workbench.editors.base import load_editor
+from workbench.editors.base import TrainableEditor
 from workbench.editors.mend import Mend
 from workbench.errors import EditError, EditorError
 from workbench.files import read_tensors, write_tensors
@@ -236,7 +236,7 @@ def test_the_best_editor_is_kept(tmp_path: Path):
     totals = [look["total"] for look in progress.history]
     assert progress.best_loss == min(totals) < totals[-1]
     assert progress.best_step == totals.index(min(totals)) + 1
-    kept = load_editor(tmp_path, trainer.editor.lm)
+    kept = TrainableEditor.from_pretrained(tmp_path, trainer.editor.lm)
     assert isinstance(kept, Mend)
     assert (kept.card["steps"], kept.card["data"]) == (progress.best_step, "items")
     again = trainer_for(tmp_path, editor=kept)
@@ -246,7 +246,7 @@ def test_the_best_editor_is_kept(tmp_path: Path):
 def test_without_validation_the_last_editor_is_kept(tmp_path: Path):
     trainer = trainer_for(tmp_path, steps=2, validation=0)
     assert trainer.run(bar=False).history == []
-    kept = load_editor(tmp_path, trainer.editor.lm)
+    kept = TrainableEditor.from_pretrained(tmp_path, trainer.editor.lm)
     assert kept.card["steps"] == 2
     for name, tensor in kept.state_dict().items():
         assert torch.equal(tensor, trainer.editor.state_dict()[name])

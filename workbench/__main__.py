@@ -1,4 +1,4 @@
-"""The command line: edit, tokens, train, evaluate, pack, export."""
+"""The command line: edit, tokens, train, evaluate, pack, push, export."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     _sample(train)
     train.add_argument("--out", type=Path, required=True, metavar="DIR")
     train.add_argument(
-        "--start", metavar="DIR", help="go on from this trained editor, with a new run's settings"
+        "--start",
+        metavar="DIR",
+        help="go on from this trained editor (a folder or hub id), with a new run's settings",
     )
     train.add_argument("--resume", action="store_true")
     train.add_argument("--tensorboard", type=Path, metavar="DIR", help="log the losses there too")
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure editors on many edits")
     evaluate.add_argument("--data", required=True, metavar="FORMAT[:PATH]")
-    evaluate.add_argument("--editors", default="mend,ft", help="names or folders, by commas")
+    evaluate.add_argument("--editors", default="mend,ft", help="names, folders, hub ids: by commas")
     evaluate.add_argument("--split", help="only this split (default: all in the file)")
     evaluate.add_argument("--limit", type=int)
     _sample(evaluate)
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _model(evaluate, editor=False)
 
     pack = commands.add_parser("pack", help="write a trained editor for sharing")
-    pack.add_argument("--editor", required=True, metavar="DIR")
+    pack.add_argument("--editor", required=True, metavar="DIR", help="its folder, or its hub id")
     pack.add_argument("--average", type=Path, metavar="DIR", help="mix in this editor's weights")
     pack.add_argument("--share", type=float, default=0.5, help="of --average, 0 to 1 (0.5)")
     pack.add_argument("--rounds", type=int, help="most rounds of its edits, of MEND")
@@ -110,6 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")
     _model(pack, editor=False, prompts=False)
+
+    push = commands.add_parser("push", help="put a trained editor on the hub, with a model card")
+    push.add_argument("folder", type=Path, help="of the editor, as train or pack wrote it")
+    push.add_argument("name", help="of the repository, OWNER/NAME; made if it is not there")
+    push.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="of a repository that is made (default: as the account has it)",
+    )
 
     export = commands.add_parser("export", help="write a saved session as a PEFT adapter")
     export.add_argument("--session", type=Path, required=True, metavar="DIR")
@@ -153,7 +164,8 @@ def _model(parser: argparse.ArgumentParser, *, editor: bool, prompts: bool = Tru
     if editor:
         parser.add_argument(
             "--editor",
-            help="a trained editor's folder, mend, mend-many, mend-linear, ft, ft_kl, rome or lora",
+            help="a trained editor's folder or hub id (OWNER/NAME, OWNER/NAME@REVISION), mend, "
+            "mend-many, mend-linear, ft, ft_kl, rome or lora",
         )
 
 

@@ -27,9 +27,8 @@ from workbench.editors import (
     Editor,
     Mend,
     TrainableEditor,
-    load_editor,
     open_editor,
-    save_editor,
+    push_editor,
     trainable_editors,
 )
 from workbench.errors import DataError, EditorError, ModelError
@@ -135,7 +134,7 @@ def _new_editor(
     if not options.start:
         torch.manual_seed(seed)
         return cls.from_settings(lm, settings)
-    editor = load_editor(options.start, lm)
+    editor = TrainableEditor.from_pretrained(options.start, lm)
     if not isinstance(editor, cls):
         raise EditorError(
             f"{options.start} holds a {editor.name!r} editor: start from it with --editor "
@@ -247,10 +246,10 @@ def pack(options: argparse.Namespace) -> None:
     """Write a trained editor for sharing: in float16; averaged, of more rounds and with its figures
     if asked."""
     lm = _open(options)
-    editor = load_editor(options.editor, lm)
+    editor = TrainableEditor.from_pretrained(options.editor, lm)
     card = dict(editor.card)
     if options.average:
-        _average(editor, load_editor(options.average, lm), options.share)
+        _average(editor, TrainableEditor.from_pretrained(options.average, lm), options.share)
         mixed = f"{options.share:g} of the weights come from {options.average.name}"
         card["averaged"] = ", then ".join(filter(None, (card.get("averaged"), mixed)))
     given = {name: getattr(options, name) for name in ("rounds", "later_strength", "confidence")}
@@ -260,7 +259,8 @@ def pack(options: argparse.Namespace) -> None:
         editor = editor.changed(**more)
     if options.evaluation:
         card["evaluation"] = _figures(options.evaluation, options.editor)
-    print(f"editor in {save_editor(editor, options.out, card, half=True)}")
+    editor.card = card
+    print(f"editor in {editor.save_pretrained(options.out, half=True)}")
 
 
 @torch.no_grad()
@@ -285,7 +285,7 @@ def _figures(file: Path, editor: str) -> dict[str, Any]:
         named = {Path(name).resolve(): figures for name, figures in results["editors"].items()}
         figures = named[Path(editor).resolve()]
         return {
-            "settings": results["settings"],
+            "settings": results["settings"] | {"model": known_as(results["settings"]["model"])},
             "figures": {k: v for k, v in figures.items() if k != "settings"},
         }
     except (OSError, *MALFORMED) as error:
@@ -293,6 +293,11 @@ def _figures(file: Path, editor: str) -> dict[str, Any]:
             f"{file} holds no figures of {editor} ({error!r}): write it with "
             f"python -m workbench evaluate --editors {editor} --json {file} ..."
         ) from None
+
+
+def push(options: argparse.Namespace) -> None:
+    """Put a trained editor into a repository of the hub, and print its address."""
+    print(push_editor(options.folder, options.name, private=options.private))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -62,9 +62,10 @@ class Workbench(History):
 
         Args:
             model: Hub id, folder or GGUF file; None: the embedded default.
-            editor: A trained editor's folder, or the name of one that needs no training: "ft",
-                "ft_kl", "rome", "lora"; None: the default model's trained editor, fine-tuning
-                for other models.
+            editor: A trained editor's folder, or its hub id, "owner/name" or
+                "owner/name@revision"; or the name of one that needs no training: "ft", "ft_kl",
+                "rome", "lora"; None: the default model's trained editor, or
+                fine-tuning for other models.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
             dtype: Of the weights; None: float32 on CPU, bfloat16 on CUDA.
             quantize: None, "8bit" or "4bit" (bitsandbytes).

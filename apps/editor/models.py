@@ -87,7 +87,7 @@ def layout(session: Session) -> dict[str, Any]:
                 "",
                 label="Editor",
                 placeholder="my-editor",
-                info="Folder on the server with editor.safetensors, as training writes it",
+                info="Hub id (owner/name), or a folder on the server, as training writes it",
                 elem_id="editor-folder",
             )
             add = gr.Button("Open editor", elem_id="editor-open")
@@ -151,7 +151,9 @@ def switch(session: Session, source: str, quantize: str, chat: bool) -> Iterator
 def add(session: Session, folder: str) -> tuple[Any, ...]:
     """Open a trained editor for the session's model, and choose it."""
     if not folder.strip():
-        raise EditorError("Give the folder of a trained editor; it holds editor.safetensors.")
+        raise EditorError(
+            "Give the folder of a trained editor, which holds editor.safetensors, or its hub id."
+        )
     name, warning = session.model.add(folder.strip())
     session.choose(name)
     said = f"{name} is open, and chosen for the next edit. {warning}"

@@ -13,9 +13,10 @@ from weakref import WeakSet
 import torch
 
 from workbench import EditorError, FineTune, LanguageModel, ModelError, Workbench, open_model
-from workbench.editors import SHIPPED, Editor, editor_source, load_editor, open_editor
+from workbench.editors import SHIPPED, Editor, TrainableEditor, editor_source, open_editor
 from workbench.memory import MemoryEstimate, estimate_memory, free_on, size
 from workbench.models import DEFAULT_MODEL, Quantization
+from workbench.sharing import TENSORS, is_id, locate_editor
 
 LABELS = {
     "mend": "MEND (gated)",
@@ -51,11 +52,11 @@ class OpenModel:
         """Of one user's edits that are kept: `KEPT`, or as many as the model's own if more."""
         return max(KEPT, self.lm.model.get_memory_footprint())
 
-    def add(self, folder: str | Path) -> tuple[str, str]:
+    def add(self, source: str | Path) -> tuple[str, str]:
         """Offer a trained editor to all users of the model.
 
         Args:
-            folder: Of the editor; one that is already on offer is read anew.
+            source: Folder of the editor, or its hub id; one that is already on offer is read anew.
 
         Returns:
             Its name, and what must be said of it; "" if nothing.
@@ -64,30 +65,30 @@ class OpenModel:
             EditorError: No editor there, it does not fit the model or the memory, or it was
                 never trained.
         """
-        folder = Path(folder).expanduser().resolve()
-        self._check_memory(folder)
+        known, folder = locate_editor(source)
+        name = _name_of(known)
+        self._check_memory(folder, name)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            editor = load_editor(folder, self.lm)
+            editor = TrainableEditor.from_pretrained(known, self.lm)
         if not editor.trained:
             raise EditorError(
-                f"The editor in {folder.name} was never trained: what it writes would mean "
-                f"nothing, so it was not opened. Train one on the Train tab, open a trained one, "
-                f"or edit by fine-tuning."
+                f"The editor in {name} was never trained: what it writes would mean nothing, so "
+                f"it was not opened. Train one on the Train tab, open a trained one, or edit by "
+                f"fine-tuning."
             )
-        name = folder.name
-        while name in self.editors and getattr(self.editors[name], "folder", "") != str(folder):
+        while name in self.editors and getattr(self.editors[name], "source", "") != known:
             name += "'"
         self.editors[name] = editor
         return name, " ".join(str(w.message) for w in caught if w.category is UserWarning)
 
-    def _check_memory(self, folder: Path) -> None:
-        file = folder / "editor.safetensors"
+    def _check_memory(self, folder: Path, name: str) -> None:
+        file = folder / TENSORS
         # Half a number's size in the file, whole in memory.
         needed, free = 2 * file.stat().st_size if file.exists() else 0, free_on(self.lm.device)
         if needed > free:
             raise EditorError(
-                f"There is not enough memory for the editor in {folder.name}: it needs about "
+                f"There is not enough memory for the editor in {name}: it needs about "
                 f"{size(needed)} on {self.lm.device}, and {size(free)} are free."
             )
 
@@ -102,7 +103,7 @@ class Shelf:
     """
 
     def __init__(self, bench: Workbench, most: int = 3, *, device_map: str | None = None) -> None:
-        chosen = Path(editor_source(bench.editor)).name
+        chosen = _name_of(editor_source(bench.editor))
         editors = _editors(bench.lm)
         if getattr(bench.editor, "trained", True):
             editors.pop(chosen, None)
@@ -159,6 +160,11 @@ class Shelf:
                 f"one of them, or wait until one is free."
             )
         self.estimate(source, quantize).check()
+
+
+def _name_of(source: str) -> str:
+    """What users choose an editor by: its hub id, or the name of its folder or its own."""
+    return source.partition("@")[0] if is_id(source) else Path(source).name
 
 
 def _editors(lm: LanguageModel) -> dict[str, Editor]:

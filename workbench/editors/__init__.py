@@ -11,8 +11,7 @@ from workbench.editors.base import (
     TrainableEditor,
     editor_class,
     editor_names,
-    load_editor,
-    save_editor,
+    push_editor,
     with_chat,
 )
 from workbench.editors.enn import Enn, EnnConfig
@@ -24,6 +23,7 @@ from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
 from workbench.editors.rome import Rome, RomeConfig
 from workbench.errors import EditorError
 from workbench.models import DEFAULT_MODEL, LanguageModel
+from workbench.sharing import is_id
 from workbench.shipped import assets_folder
 
 __all__ = [
@@ -49,9 +49,8 @@ __all__ = [
     "editor_names",
     "editor_source",
     "gradient_factors",
-    "load_editor",
     "open_editor",
-    "save_editor",
+    "push_editor",
     "shipped_editor",
     "trainable_editors",
     "with_chat",
@@ -84,16 +83,15 @@ def shipped_editor(name: str = "mend") -> Path:
 
 
 def editor_source(editor: Editor) -> str:
-    """What `open_editor` opens the same editor from: a name, or where it lies.
+    """What `open_editor` opens the same editor from: a name, a folder, or a hub id with its commit.
 
     One that was trained in memory and never saved has nothing but its name.
     """
-    folder = getattr(editor, "folder", None)
-    if folder is None:
+    source = editor.source if isinstance(editor, TrainableEditor) else None
+    if source is None:
         return editor.name
     shipped = {str(shipped_editor(name).resolve()): name for name in SHIPPED}
-    place = str(Path(folder).resolve())
-    return shipped.get(place, place)
+    return shipped.get(source, source)
 
 
 def open_editor(
@@ -102,9 +100,9 @@ def open_editor(
     """Open an editor for a model.
 
     Args:
-        source: A trained editor's folder; the name of one that needs no training ("ft", "ft_kl",
-            "rome", "lora"); for the embedded model "mend", "mend-many" or "mend-linear", its
-            trained editors;
+        source: A trained editor's folder, or its hub id, "owner/name" or "owner/name@revision";
+            the name of one that needs no training ("ft", "ft_kl", "rome", "lora"); for the
+            embedded model "mend", "mend-many" or "mend-linear", its trained editors;
             None: "mend" for that model, else "ft".
         lm: The model to edit.
         settings: Of an editor that needs no training, those that differ from its defaults. A
@@ -119,9 +117,9 @@ def open_editor(
     if source in TRAINING_FREE:
         return editor_class(str(source)).from_settings(lm, settings or {})
     if embedded and source in SHIPPED:
-        return load_editor(shipped_editor(str(source)), lm)
-    if Path(source).is_dir():
-        return load_editor(source, lm)
+        return TrainableEditor.from_pretrained(shipped_editor(str(source)), lm)
+    if Path(source).is_dir() or is_id(source):
+        return TrainableEditor.from_pretrained(source, lm)
     known = sorted({*editor_names(), *SHIPPED})
     if source in known:
         name = str(source).partition("-")[0]
@@ -132,5 +130,5 @@ def open_editor(
         )
     raise EditorError(
         f"There is no editor folder {str(source)!r}, and no editor of that name. Give the folder "
-        f"of a trained editor, or one of: {', '.join(known)}."
+        f"or the hub id of a trained editor, or one of: {', '.join(known)}."
     )

@@ -9,18 +9,32 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from workbench.cancel import checkpoint
+from workbench.cards import ANYWHERE, model_card
 from workbench.editors.proposals import CapturedEdits, EditRequest, Proposal
 from workbench.errors import EditError, EditorError
 from workbench.files import MALFORMED, read_tensors, write_tensors, write_text
+from workbench.hub import known_as
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
+from workbench.sharing import ABOUT, CARD, TENSORS, locate_editor, upload
 from workbench.updates import Update
+
+# What a saved editor must say of itself.
+_ABOUT = {
+    "editor": str,
+    "settings": dict,
+    "layers": list,
+    "base_model": str,
+    "base_fingerprint": str,
+    "card": dict,
+}
 
 
 @runtime_checkable
@@ -90,7 +104,8 @@ class TrainableEditor(nn.Module, ABC):
         second_order: Training differentiates through the gradient that an edit is made from.
         edit_lrs: The layers' step sizes, learned.
         card: What it was trained on and how it did, as JSON values.
-        folder: Where it was opened from; None if it was made in memory.
+        source: What it was opened from, a whole path or `owner/name@commit`; None if it was made in
+            memory.
     """
 
     name: ClassVar[str]
@@ -111,7 +126,7 @@ class TrainableEditor(nn.Module, ABC):
             torch.full((len(layers),), float(config.edit_lr), device=lm.device)
         )
         self.card: Mapping[str, Any] = {}
-        self.folder: str | None = None
+        self.source: str | None = None
 
     @classmethod
     def from_settings(cls, lm: LanguageModel, settings: Mapping[str, Any]) -> Self:
@@ -156,6 +171,106 @@ class TrainableEditor(nn.Module, ABC):
     @abstractmethod
     def propose(self, requests: Sequence[EditRequest]) -> Proposal:
         """Make one update that carries out all requests; the model is left as it is."""
+
+    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> Path:
+        """Write the editor into a folder: `editor.safetensors`, settings and card inside.
+
+        That file is complete or the old one stays; `editor.json` repeats settings and card to be
+        read, `README.md` is the model card of the hub.
+
+        Args:
+            folder: Made if it is not there.
+            half: Store its matrices in float16, at half the size; they compute in float32 as
+                before.
+        """
+        folder = Path(folder)
+        about = {
+            "editor": self.name,
+            "settings": self.settings(),
+            "layers": [layer.name for layer in self.layers],
+            "base_model": known_as(self.lm.source),
+            "base_fingerprint": self.original.fingerprint(),
+            "card": dict(self.card),
+        }
+        text = json.dumps(about, indent=2, ensure_ascii=False)
+        tensors = {
+            name: (tensor.half() if half and tensor.dim() > 1 else tensor).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        write_tensors(folder / TENSORS, tensors, {"about": text})
+        write_text(folder / ABOUT, text + "\n")
+        write_text(folder / CARD, model_card(about))
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, lm: LanguageModel) -> Self:
+        """Open a saved editor, over the model it was trained for.
+
+        Warns with `UserWarning` where the base weights are others than those it was trained on.
+
+        Args:
+            source: Folder with `editor.safetensors`, or hub id, `owner/name` or
+                `owner/name@revision`; see `locate_editor`.
+            lm: The base model.
+
+        Returns:
+            An editor of the kind that was saved, which must be this class or one made from it.
+
+        Raises:
+            EditorError: No readable editor there, it is of another kind, or it does not fit the
+                model's layers.
+        """
+        known, folder = locate_editor(source)
+        tensors, about = _read(folder)
+        kind = editor_class(about["editor"])
+        base, fingerprint = known_as(about["base_model"]), about["base_fingerprint"]
+        if not issubclass(kind, TrainableEditor):
+            raise EditorError(
+                f"{source} names {kind.name!r}, an editor without parameters to load. Open it by "
+                f"its name: editor={kind.name!r}."
+            )
+        if not issubclass(kind, cls):
+            raise EditorError(
+                f"{source} holds a {kind.name!r} editor: open it by {kind.__name__}."
+                f"from_pretrained, or whatever it holds by TrainableEditor.from_pretrained."
+            )
+        try:
+            editor = kind.from_settings(lm, about["settings"])
+            found = [layer.name for layer in editor.layers]
+            if found != (layers := about["layers"]):
+                raise EditorError(f"it edits {layers!r:.80}, this model has {found!r:.80}")
+            editor.load_state_dict(tensors)
+        except Exception as error:  # settings of a damaged file can end an editor anywhere
+            raise EditorError(
+                f"The editor in {source} was trained for {base} and does not fit {lm.source}: "
+                f"{error}"
+            ) from None
+        # The same weights held in another precision have other bits, which tell nothing.
+        held_alike = fingerprint.partition(":")[0] == lm.precision
+        of_others = fingerprint != lm.fingerprint() if held_alike else base != known_as(lm.source)
+        if of_others:
+            warnings.warn(
+                f"The editor in {source} was trained over {base} with weights {fingerprint}; the "
+                f"model that is open, {lm.source}, has weights {lm.fingerprint()}. Its edits can "
+                f"fail or spread: train an editor for these weights, or use editor='ft'.",
+                stacklevel=2,
+            )
+        editor.card, editor.source = about["card"], known
+        return editor.eval()
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        half: bool = False,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Save the editor into a repository of the hub; see `push_editor`."""
+        with TemporaryDirectory() as folder:
+            return push_editor(
+                self.save_pretrained(folder, half=half), name, private=private, token=token
+            )
 
 
 def with_chat(editor: Editor, chat: bool) -> Editor:
@@ -206,84 +321,49 @@ def editor_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def save_editor(
-    editor: TrainableEditor, folder: str | Path, card: Mapping[str, Any], *, half: bool = False
-) -> Path:
-    """Write a trainable editor into a folder: `editor.safetensors`, settings and card inside.
-
-    The file is complete or the old one stays; `editor.json` repeats settings and card to be read.
+def push_editor(
+    folder: str | Path, name: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Put a saved editor into a repository of the hub, in one commit.
 
     Args:
-        editor: An editor with parameters (`name`, `settings()`, `state_dict()`).
-        folder: Made if it is not there.
-        card: What the editor was trained on and how it did, as JSON values.
-        half: Store its matrices in float16, at half the size; they compute in float32 as before.
-    """
-    folder = Path(folder)
-    about = {
-        "editor": editor.name,
-        "settings": editor.settings(),
-        "layers": [layer.name for layer in editor.layers],
-        "base_model": editor.lm.source,
-        "base_fingerprint": editor.original.fingerprint(),
-        "card": dict(card),
-    }
-    text = json.dumps(about, indent=2, ensure_ascii=False)
-    tensors = {
-        name: (tensor.half() if half and tensor.dim() > 1 else tensor).contiguous()
-        for name, tensor in editor.state_dict().items()
-    }
-    write_tensors(folder / "editor.safetensors", tensors, {"about": text})
-    write_text(folder / "editor.json", text + "\n")
-    return folder
+        folder: Of the editor. Its `README.md`, which may have been written on, is the model card;
+            one that has none gets one.
+        name: Of the repository, `owner/name`; it is made if it is not there.
+        private: Of a repository that is made; None: as its owner's account has it.
+        token: Of the hub; None: $HF_TOKEN, or that of `hf auth login`.
 
-
-def load_editor(folder: str | Path, lm: LanguageModel) -> TrainableEditor:
-    """Open an editor saved by `save_editor`, over the model it was trained for.
-
-    Warns with `UserWarning` where the base weights are others than those it was trained on.
-
-    Args:
-        folder: Holds `editor.safetensors`.
-        lm: The base model.
+    Returns:
+        The repository's address.
 
     Raises:
-        EditorError: No readable editor there, or it does not fit the model's layers.
+        EditorError: No readable editor there, no token, or the hub refuses or cannot be reached.
     """
-    tensors, metadata = read_tensors(Path(folder) / "editor.safetensors", EditorError)
+    folder = Path(folder)
+    _, about = _read(folder)
     try:
-        about = json.loads(metadata["about"])
-        cls, settings, layers = editor_class(about["editor"]), about["settings"], about["layers"]
-        fingerprint, base = about["base_fingerprint"], about["base_model"]
-        card, held = dict(about["card"]), fingerprint.partition(":")[0]
+        card, text = folder / CARD, json.dumps(about, indent=2, ensure_ascii=False)
+        shown = card.read_text("utf-8") if card.is_file() else model_card(about)
+        files = {ABOUT: f"{text}\n".encode(), CARD: shown.replace(ANYWHERE, name).encode()}
+    except (OSError, *MALFORMED) as error:
+        raise EditorError(
+            f"No model card can be made of {folder} ({error!r}): save the editor anew with "
+            f"save_pretrained."
+        ) from None
+    return upload(name, {TENSORS: folder / TENSORS, **files}, private=private, token=token)
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a saved editor, and what it says of itself."""
+    tensors, metadata = read_tensors(folder / TENSORS, EditorError)
+    try:
+        about = dict(json.loads(metadata["about"]))
+        for key, kind in _ABOUT.items():
+            if not isinstance(about[key], kind):
+                raise TypeError(f"{key} is {about[key]!r:.80}")
+        return tensors, about
     except MALFORMED as error:
         raise EditorError(
-            f"{folder}/editor.safetensors holds no editor that this version can read ({error!r}). "
-            f"Give a folder written by training or by save_editor."
+            f"{folder / TENSORS} holds no editor that this version can read ({error!r}). "
+            f"Give a folder written by training or by save_pretrained."
         ) from None
-    if not issubclass(cls, TrainableEditor):
-        raise EditorError(
-            f"{folder} names {cls.name!r}, an editor without parameters to load. Open it by its "
-            f"name: editor={cls.name!r}."
-        )
-    try:
-        editor = cls.from_settings(lm, settings)
-        found = [layer.name for layer in editor.layers]
-        if found != layers:
-            raise EditorError(f"it edits {layers!r:.80}, this model has {found!r:.80}")
-        editor.load_state_dict(tensors)
-    except Exception as error:  # settings of a damaged file can end an editor anywhere
-        raise EditorError(
-            f"The editor in {folder} was trained for {base} and does not fit {lm.source}: {error}"
-        ) from None
-    # The same weights held in another precision have other bits, which tell nothing.
-    held_alike = held == lm.precision
-    if base != lm.source if not held_alike else fingerprint != lm.fingerprint():
-        warnings.warn(
-            f"The editor in {folder} was trained over {base} with weights {fingerprint}; the "
-            f"model that is open, {lm.source}, has weights {lm.fingerprint()}. Its edits can "
-            f"fail or spread: train an editor for these weights, or use editor='ft'.",
-            stacklevel=2,
-        )
-    editor.card, editor.folder = card, str(folder)
-    return editor.eval()

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from workbench import parallel
 from workbench.data import EditExample
-from workbench.editors.base import TrainableEditor, save_editor
+from workbench.editors.base import TrainableEditor
 from workbench.errors import EditorError
 from workbench.files import (
     MALFORMED,
@@ -271,14 +271,14 @@ class Trainer:
     def _keep_editor(self) -> None:
         if not parallel.leads():
             return
-        card = {
+        self.editor.card = {
             **self._card,
             "steps": self.progress.step,
             "edits_seen": self.progress.step * self.config.batch * self.config.accumulate,
             "training": asdict(self.config),
             "validation": self.progress.history[-1] if self.progress.history else None,
         }
-        save_editor(self.editor, self.folder, card)
+        self.editor.save_pretrained(self.folder)
 
     def _log(self, record: dict[str, Any]) -> None:
         if not parallel.leads():
