@@ -20,7 +20,7 @@ from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from apps.editor_app import build, launch, main
 from workbench import FineTune, FineTuneConfig, LanguageModel, Mend, MendConfig, Workbench
-from workbench.editors import EditRequest, gradient_factors, load_editor, save_editor
+from workbench.editors import EditRequest, gradient_factors
 from workbench.masks import ShownToken, TokenTable
 from workbench.updates import Update
 
@@ -174,13 +174,13 @@ def test_editors_are_offered_with_and_without_the_template(
     with torch.no_grad():
         factors = gradient_factors(lm, editor.layers, [EditRequest(*ASKED)])[1]
         editor.transform(factors, gather=True)
-    folder = save_editor(editor, tmp_path / "mine", {"steps": 1})
+    folder = editor.save_pretrained(tmp_path / "mine")
     switched(session, chat=True)
     models.add(session, str(folder))
     other = Session(session.shelf)
     other.choose("mine")
     for chosen in (session, other):
-        alone = Workbench(lm, load_editor(folder, chosen.bench.lm))
+        alone = Workbench(lm, Mend.from_pretrained(folder, chosen.bench.lm))
         assert same(chosen.edit(*ASKED).update, alone.edit(*ASKED).update)
     assert session.bench.lm.chat is not other.bench.lm.chat
 
