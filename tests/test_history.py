@@ -10,6 +10,7 @@ import torch
 from families import batch_for, language_model
 
 from workbench import Workbench
+from workbench.adapters import import_peft
 from workbench.editors import FineTune, FineTuneConfig
 
 
@@ -44,3 +45,22 @@ def test_leaving_gives_the_base_model_back_and_touches_no_file(tmp_path: Path, f
     again = Workbench.load(tmp_path, workbench=wb)
     assert torch.equal(logits(again), edited)
     stop()
+
+
+def test_many_fine_tunings_are_one_change_and_each_still_goes_exactly(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    wb, never = (Workbench(lm, FineTune(lm, FineTuneConfig(max_steps=3))) for _ in range(2))
+    edits = [wb.edit(*request) for request in (("a", "b"), ("c", "d"), ("e", "f"))]
+    alone = edits[0].update.nbytes
+    assert wb.update.nbytes == alone
+    edited = logits(wb)
+    assert torch.equal(logits(Workbench.load(wb.save(tmp_path / "session"), workbench=wb)), edited)
+    adapter = import_peft(wb.to_peft(tmp_path / "adapter"), lm)
+    for name, dense in wb.update.dense().items():
+        assert torch.equal(adapter[name].dense(), dense)
+    wb.remove(edits[1].id)
+    never.edit("a", "b")
+    never.edit("e", "f")
+    assert torch.equal(logits(wb), logits(never))
+    wb.undo()
+    assert torch.equal(logits(wb), edited)

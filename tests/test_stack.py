@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from workbench.errors import EditError
 from workbench.overlay import UNDOABLE, EditStack, StackEntry, overlay
-from workbench.updates import Update
+from workbench.updates import LayerUpdate, Update
 
 LM = language_model("gpt2")
 LAYERS = editable(LM)
@@ -172,6 +172,21 @@ def test_redo_brings_the_same_bits_back() -> None:
         stack.redo()
     with overlay(LM.model, stack.combined()):
         assert torch.equal(logits_of(LM.model, INPUTS), edited)
+
+
+def test_dense_changes_are_held_as_one_and_still_removed_exactly() -> None:
+    dense = [Update({n: LayerUpdate.from_dense(d) for n, d in DENSE[k].items()}) for k in (0, 0, 0)]
+    stack, never = EditStack(), EditStack()
+    for id, strength in enumerate((1.0, 0.3, -2.0)):
+        stack.push(id, dense[id])
+        stack.strength(id, strength)
+        if id != 1:
+            never.push(id, dense[id])
+            never.strength(id, strength)
+    assert stack.combined().nbytes == dense[0].nbytes
+    stack.remove(1)
+    for found, expected in zip(stack.combined().tensors(), never.combined().tensors(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_two_stacks_share_nothing() -> None:

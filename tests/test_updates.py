@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import combinations_with_replacement, product
 
 import pytest
 import torch
@@ -112,10 +114,36 @@ def test_compression_to_full_rank_is_exact(layer: LayerUpdate) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_from_dense_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
     dense = draw(*shape, seed=1).to(dtype)
+    dense[0, 0] = torch.inf  # which no product with the zeros of an identity survives
     layer = LayerUpdate.from_dense(dense)
     assert layer.rank == min(shape)
     assert layer.A.dtype == layer.B.dtype == dtype
     assert torch.equal(layer.dense(), dense)
+    identity = layer.A if shape[1] <= shape[0] else layer.B
+    assert torch.equal(identity, torch.eye(min(shape), dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_a_batch_of_dense_changes_is_held_exactly(shape: tuple[int, int]) -> None:
+    dense = draw(2, *shape, seed=1)
+    dense[0, 0, 0] = torch.inf
+    layer = LayerUpdate.from_dense(dense)
+    assert layer.rank == 3
+    assert torch.equal(layer.dense(), dense)
+    assert torch.equal((layer * -2.0).dense(), -2 * dense)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_an_identity_that_is_learned_has_its_gradient(side: str) -> None:
+    factors = {name: draw(4, 4, seed=n).requires_grad_() for n, name in enumerate("AB")}
+    factors[side] = torch.eye(4, dtype=torch.float64).requires_grad_()
+    weights = draw(4, 4, seed=5)
+    found = (LayerUpdate(**factors, scale=0.5).dense() * weights).sum()
+    expected = (0.5 * factors["B"].T @ factors["A"] * weights).sum()
+    leaves = [factors["A"], factors["B"]]
+    pairs = torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves)
+    for one, other in zip(*pairs, strict=True):
+        assert_close(one, other)
 
 
 @laws
@@ -130,7 +158,63 @@ def test_updates_form_a_vector_space(one: int, two: int, factor: float) -> None:
     same(factor * u, {name: factor * dense for name, dense in U.items()})
     same(-u, {name: -dense for name, dense in U.items()})
     same(Update.sum([u, v, u]), {"a": 2 * U["a"], "b": 2 * U["b"] + V["b"]})
-    assert (u + v).rank() == {"a": 2, "b": 5}
+    assert (u + v).rank() == {"a": 2, "b": 4}  # 2 + 3 terms of a 4 x 6 matrix
+
+
+def numbers_of(layer: LayerUpdate) -> int:
+    return layer.A.numel() + layer.B.numel()
+
+
+# Of a part: its rank, with None for a whole matrix, and whether it is gated.
+PARTS = list(product((None, 1, 2, 3), (False, True)))
+
+
+def part(kind: tuple[int | None, bool], shape: tuple[int, ...], seed: int) -> LayerUpdate:
+    (rank, gate), (*lead, out_features, in_features) = kind, shape
+    if rank is None:
+        layer = LayerUpdate.from_dense(draw(*shape, seed=seed)) * (-0.5) ** seed
+    else:
+        layer = layer_update(rank, out_features, in_features, seed=seed, lead=tuple(lead))
+    limits = draw(*layer.A.shape[:-1], seed=seed).abs()
+    return replace(layer, threshold=limits) if gate else layer
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (1, 6), (2, 5, 3), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_sum_is_the_sum_and_holds_no_more_than_it_must(shape: tuple[int, ...], size: int) -> None:
+    inputs, exact = draw(7, shape[-1], seed=9), partial(assert_close, rtol=1e-12, atol=1e-12)
+    whole = numbers_of(LayerUpdate.from_dense(draw(*shape, seed=1)))
+    for kinds in combinations_with_replacement(PARTS, size):
+        layers = [part(kind, shape, seed) for seed, kind in enumerate(kinds)]
+        total = LayerUpdate.sum(layers)
+        exact(total.dense(), torch.stack([layer.dense() for layer in layers]).sum(0))
+        exact(total.apply(inputs), torch.stack([layer.apply(inputs) for layer in layers]).sum(0))
+        plain = [numbers_of(layer) for layer in layers if layer.threshold is None]
+        gated = [numbers_of(layer) for layer in layers if layer.threshold is not None]
+        most = sum(plain) if len(plain) == 1 else min(sum(plain), whole)
+        assert numbers_of(total) == most + sum(gated)
+        assert size > 1 or total is layers[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_dense_changes_add_up_without_rounding(shape: tuple[int, int]) -> None:
+    dense = [draw(*shape, seed=seed, dtype=torch.float32) for seed in range(3)]
+    total = LayerUpdate.sum([LayerUpdate.from_dense(matrix) * 0.3 for matrix in dense])
+    assert torch.equal(total.dense(), 0.3 * dense[0] + 0.3 * dense[1] + 0.3 * dense[2])
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (3, 1), (3, 3)], ids=str)
+def test_a_sum_is_differentiable_in_its_parts(ranks: tuple[int, int]) -> None:
+    leaves = [
+        draw(rank, width, seed=rank + n).requires_grad_()
+        for n, rank in enumerate(ranks)
+        for width in (3, 5)
+    ]
+
+    def dense(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        return LayerUpdate.sum((LayerUpdate(A, B, 0.5), LayerUpdate(C, D))).dense()
+
+    assert torch.autograd.gradcheck(dense, leaves)
 
 
 def test_the_empty_sum_is_the_empty_update() -> None:
@@ -152,6 +236,18 @@ def test_an_update_is_an_immutable_mapping() -> None:
         held.layers = {}  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_a_change_is_a_value_that_is_only_itself() -> None:
+    """Factors have no truth value to compare by: equal updates hold the same layers."""
+    layer, held = layer_update(2, 5, 3), update(1)
+    assert layer == layer
+    assert layer != replace(layer)
+    assert len({layer, replace(layer)}) == 2
+    with pytest.raises(AttributeError):
+        layer.scale = 2.0  # pyright: ignore[reportAttributeAccessIssue]
+    assert held == dict(held)
+    assert held != update(1)
+
+
 def test_figures_of_an_update() -> None:
     u = update(3)
     dense = u.dense()
@@ -168,7 +264,7 @@ def test_figures_of_an_update() -> None:
 @pytest.mark.parametrize("remainder", [0.0, 1e-7, 1e-4])
 def test_norms_survive_cancellation(dtype: torch.dtype, remainder: float) -> None:
     """u - u + a little: the norm of what remains, not of the rounding of what went."""
-    u, little = update(1).to(dtype), update(2).to(dtype)
+    u, little = update(1, rank=1).to(dtype), update(2, rank=1).to(dtype)
     left = u - u + little * remainder
     exact = Update({name: layer.map(Tensor.double) for name, layer in left.items()}).dense()
     expected = torch.cat([matrix.flatten() for matrix in exact.values()]).norm().item()
@@ -182,9 +278,11 @@ def test_norms_survive_cancellation(dtype: torch.dtype, remainder: float) -> Non
         )
 
 
-def test_a_tensor_as_scale_is_differentiable() -> None:
-    layer = layer_update(2, 5, 3)
-    scale = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("value", [-0.7, 1.0])
+def test_a_tensor_as_scale_is_differentiable(value: float, rank: int) -> None:
+    layer = layer_update(rank, 5, 3)
+    scale = torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
     def loss_of(function: Callable[[LayerUpdate], LayerUpdate]) -> Tensor:
         made = function(LayerUpdate(layer.A, layer.B, scale))

@@ -51,12 +51,14 @@ class LayerUpdate:
         """Hold a dense change exactly, with an identity as the factor of the smaller side.
 
         Args:
-            delta_weight: `(out, in)`.
+            delta_weight: `(..., out, in)`.
         """
-        out_features, in_features = delta_weight.shape
+        *lead, out_features, in_features = delta_weight.shape
+        size = min(out_features, in_features)
+        identity = torch.eye(size).to(delta_weight).expand(*lead, size, size)
         if in_features <= out_features:
-            return cls(torch.eye(in_features).to(delta_weight), delta_weight.T.contiguous())
-        return cls(delta_weight, torch.eye(out_features).to(delta_weight))
+            return cls(identity, delta_weight.mT.contiguous())
+        return cls(delta_weight, identity)
 
     @property
     def rank(self) -> int:
@@ -82,7 +84,9 @@ class LayerUpdate:
 
     def dense(self) -> Tensor:
         """The change as a matrix, `(..., out, in)`, the threshold left out."""
-        return self.scale * (self.B.mT @ self.A)
+        if _is_identity(self.A):
+            return self.scale * self.B.mT
+        return self.scale * (self.A if _is_identity(self.B) else self.B.mT @ self.A)
 
     def norm(self) -> Tensor:
         """Frobenius norm, `(...)`; exact where terms cancel, which Gram matrices are not."""
@@ -149,24 +153,27 @@ class LayerUpdate:
     def sum(cls, layers: Sequence[LayerUpdate]) -> LayerUpdate:
         """The sum of several changes of one matrix: their factors side by side.
 
+        Ungated changes whose factors take more together than their matrix are held as the matrix.
+
         Raises:
             EditError: They belong to matrices of other shapes, or to batches of other sizes.
         """
-        if len(layers) == 1:
-            return layers[0]
         shapes = {(*layer.A.shape[:-2], layer.B.shape[-1], layer.A.shape[-1]) for layer in layers}
         if len(shapes) > 1:
             raise EditError(
                 f"Changes of shapes {sorted(shapes)} do not add up: (out, in), after the number "
                 f"of sequences if there is one, must agree. Add updates of one model and batch."
             )
-        folded = [layer.folded() for layer in layers]
-        gated = any(layer.threshold is not None for layer in folded)
-        return cls(
-            torch.cat([layer.A for layer in folded], -2),
-            torch.cat([layer.B for layer in folded], -2),
-            threshold=torch.cat([layer.thresholds() for layer in folded], -1) if gated else None,
-        )
+        plain = [layer for layer in layers if layer.threshold is None]
+        gated = [layer for layer in layers if layer.threshold is not None]
+        # Both forms hold `in + out` numbers a term, the matrix for min(in, out) terms.
+        narrow = min(layers[0].A.shape[-1], layers[0].B.shape[-1])
+        if len(plain) > 1 and sum(layer.rank for layer in plain) > narrow:
+            few = [layer for layer in plain if layer.rank < narrow]
+            parts = [layer.dense() for layer in plain if layer.rank >= narrow]
+            parts += [_side_by_side(few).dense()] if few else []
+            plain = [cls.from_dense(sum(parts[1:], parts[0]))]
+        return _side_by_side([*plain, *gated])
 
     def thresholds(self) -> Tensor:
         """The threshold of each term, `(..., rank)`; 0 where there is no gate."""
@@ -180,6 +187,27 @@ class LayerUpdate:
         scale = function(self.scale) if isinstance(self.scale, Tensor) else self.scale
         threshold = None if self.threshold is None else function(self.threshold)
         return LayerUpdate(function(self.A), function(self.B), scale, threshold)
+
+
+def _is_identity(factor: Tensor) -> bool:
+    """Whether a factor is a constant identity, so that the other one is the change's matrix."""
+    rank, width = factor.shape[-2:]
+    if rank != width or factor.requires_grad:
+        return False
+    return torch.equal(factor, torch.eye(rank).to(factor).expand_as(factor))
+
+
+def _side_by_side(layers: Sequence[LayerUpdate]) -> LayerUpdate:
+    """Changes of one matrix as one: all their terms."""
+    if len(layers) == 1:
+        return layers[0]
+    folded = [layer.folded() for layer in layers]
+    gated = any(layer.threshold is not None for layer in folded)
+    return LayerUpdate(
+        torch.cat([layer.A for layer in folded], -2),
+        torch.cat([layer.B for layer in folded], -2),
+        threshold=torch.cat([layer.thresholds() for layer in folded], -1) if gated else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +238,7 @@ class Update(Mapping[str, LayerUpdate]):
 
     @classmethod
     def sum(cls, updates: Iterable[Update]) -> Update:
-        """The sum of several updates, concatenated once a layer; empty for none."""
+        """The sum of several updates, added up once a layer; empty for none."""
         by_name: dict[str, list[LayerUpdate]] = {}
         for update in updates:
             for name, layer in update.items():
