@@ -15,8 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup app test browser lint types fmt notebooks bench soak tables screenshots \
-	docs package space audit lock clean
+.PHONY: help setup app test coverage browser lint types fmt notebooks bench soak tables \
+	screenshots docs package space audit lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -46,6 +46,9 @@ app: setup  ## open the app (HOST=..., PORT=..., ARGS="--model ...")
 
 test: setup browser lint types  ## every check and test (WORKERS=..., ARGS="-m 'not slow'")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+coverage: setup browser  ## run the tests and list the lines they miss (ARGS="tests/test_updates.py")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov=workbench $(ARGS)
 
 # The browser tests drive Debian's Chromium; without it they skip.
 browser:
@@ -117,5 +120,5 @@ lock:  ## renew requirements.lock from pyproject.toml's ranges; needs a network
 	mv build/requirements.lock requirements.lock && rm -rf build
 
 clean:  ## remove .venv and every cache
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .coverage* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -231,6 +231,26 @@ def test_conda_environment_lists_the_users_requirements():
     assert pip == requirements(*USERS)
 
 
+def recipe(target: str) -> list[str]:
+    """The commands of a target of the Makefile."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", read(ROOT / "Makefile"), re.MULTILINE)
+    assert found, target
+    return [line.strip().replace("$(PY)", ".venv/bin/python") for line in found[1].splitlines()]
+
+
+def test_pre_commit_runs_the_linters_of_make_over_the_whole_tree():
+    (repository,) = yaml.safe_load(read(ROOT / ".pre-commit-config.yaml"))["repos"]
+    assert repository["repo"] == "local"  # nothing is fetched: the versions are the lock's
+    hooks = repository["hooks"]
+    assert [hook["entry"] for hook in hooks] == recipe("lint") + recipe("types")
+    run = {(hook["language"], hook["pass_filenames"]) for hook in hooks}
+    assert run == {("system", False)}
+    # A filter would let some commits through unseen: a stub is no file of type python.
+    assert {key for hook in hooks for key in hook} == {
+        *("id", "name", "entry", "language", "pass_filenames")
+    }
+
+
 def test_one_version_everywhere():
     initial = read(PACKAGE / "__init__.py")
     changes = read(ROOT / "CHANGELOG.md")
