@@ -61,10 +61,10 @@ class Setting:
         """The first edits of training; a larger batch begins with the smaller one's."""
         return texts_of(self.lm, self.examples, TrainingConfig(batch=size))
 
-    def untrained(self, rank: int) -> Mend:
-        """An editor at the start of training, of the default editor's layers."""
+    def untrained(self, rank: int, late: bool = False) -> Mend:
+        """An editor at the start of training, of the default editor's layers or the paper's."""
         blocks = sorted({f"{layer.stack}:{layer.block}" for layer in self.editor.layers})
-        return Mend(self.lm, MendConfig(rank=rank, blocks=blocks)).train()
+        return Mend(self.lm, MendConfig(rank=rank, blocks=None if late else blocks)).train()
 
 
 def facts(count: int) -> list[EditExample]:

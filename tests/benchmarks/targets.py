@@ -59,6 +59,13 @@ TARGETS = (
         )
         for size in (16, 64)
     ),
+    Target(
+        "training at batch 64 in the last blocks",
+        ("training", "late_64_over_late_reference", "median"),
+        20,
+        _REFERENCE,
+        least=True,
+    ),
     Target("undo", ("undo", "ms", "undo", "median"), 0.2, "ms"),
     Target(
         "generation with 10 live edits",

@@ -17,12 +17,15 @@ _EXAMPLES = 2  # that the reference loop goes through in one round; each takes t
 
 def training_makers(setting: Setting) -> Makers:
     """A step of each size, with what is constant for a text at hand; the middle one also without;
-    the reference loop."""
+    the reference loop; then a step and the loop where the paper edits, in the last blocks."""
     editor, middle = setting.untrained(setting.ranks[0]), _middle(setting)
+    late, most = setting.untrained(setting.ranks[0], late=True), max(setting.batches)
     return {
         **{f"batch_{size}": partial(Step, editor, setting.batch(size)) for size in setting.batches},
         f"uncached_{middle}": partial(Step, editor, setting.batch(middle), cached=False),
         "reference": partial(_going_through, editor, setting.batch(_EXAMPLES)),
+        f"late_{most}": partial(Step, late, setting.batch(most)),
+        "late_reference": partial(_going_through, late, setting.batch(_EXAMPLES)),
     }
 
 
@@ -33,25 +36,26 @@ def training(setting: Setting, rounds: int) -> Figures:
     """
     rivals = made(training_makers(setting))
     times = in_turn(setting.device, rounds, rivals)
-    sizes = {name: int(name.partition("_")[2] or _EXAMPLES) for name in rivals}
     steps = {name: step for name, step in rivals.items() if isinstance(step, Step)}
-    editor = next(iter(steps.values())).editor
-    # Both read the editor as the rounds have left it; a larger batch begins with a smaller one's.
-    editor.eval()
-    loop = ReferenceLoop(editor, TrainingConfig())
-    losses = [loop.example(edit, backward=False) for edit in setting.batch(max(sizes.values()))]
+    sizes = {name: len(steps[name].edits) if name in steps else _EXAMPLES for name in rivals}
+    beside = {name: "late_reference" if "late" in name else "reference" for name in steps}
     return {
         "ms": times.milliseconds(),
         "examples_per_second": {name: times.rate(name, sizes[name]) for name in rivals},
         **{
-            f"{name}_over_reference": times.ratio("reference", name, sizes[name] / _EXAMPLES)
-            for name in steps
+            f"{name}_over_{loop}": times.ratio(loop, name, sizes[name] / _EXAMPLES)
+            for name, loop in beside.items()
         },
-        "losses": {
-            name: {"step": step.loss(), "reference": statistics.mean(losses[: sizes[name]])}
-            for name, step in steps.items()
-        },
+        "losses": {name: _losses(step) for name, step in steps.items()},
     }
+
+
+def _losses(step: Step) -> Figures:
+    """A step's loss and that of the reference, of the editor as it now is."""
+    step.editor.eval()
+    loop = ReferenceLoop(step.editor, TrainingConfig())
+    losses = [loop.example(edit, backward=False) for edit in step.edits]
+    return {"step": step.loss(), "reference": statistics.mean(losses)}
 
 
 def rank_makers(setting: Setting) -> Makers:
