@@ -166,6 +166,16 @@ def test_a_model_without_a_template_holds_no_chats(family: str) -> None:
         LanguageModel.wrap(FAMILIES[family](), tiny_tokenizer(), "tiny", chat=True)
 
 
+def test_a_model_that_is_refused_is_left_as_it_was() -> None:
+    model, tokenizer = FAMILIES["llama"]().train().requires_grad_(True), tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ModelError, match="tiny is no chat model"):
+        LanguageModel.wrap(model, tokenizer, "tiny", chat=True)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.pad_token is None
+
+
 def test_only_decoders_chat() -> None:
     tokenizer = chat_tokenizer(TEMPLATES["lines"][0])
     with pytest.raises(ModelError, match="it is seq2seq, and its tokenizer has a chat template"):

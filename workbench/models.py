@@ -94,17 +94,16 @@ class LanguageModel:
                 or no chat template that is asked for; or the 4-bit weights have been repacked.
         """
         parallel.refuse_shards(model)
-        kind = _kind_of_model(model)
+        four, eight = (getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        held: Quantization | None = "4bit" if four else "8bit" if eight else None
+        wrapped = cls(model, tokenizer, source, _kind_of_model(model), held, chat)
         model.eval().requires_grad_(False)
         _ensure_pad_token(model, tokenizer)
-        quantization: Quantization | None = None
-        if getattr(model, "is_loaded_in_4bit", False):
-            quantization = "4bit"
+        if wrapped.quantization == "4bit":
             _keep_storage(model)
-        elif getattr(model, "is_loaded_in_8bit", False):
-            quantization = "8bit"
+        elif wrapped.quantization == "8bit":
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_message)
-        return cls(model, tokenizer, source, kind, quantization, chat)
+        return wrapped
 
     @property
     def device(self) -> torch.device:
