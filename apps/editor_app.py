@@ -146,6 +146,7 @@ def build(
         app.load(lambda session: session, state, state, queue=False, **PRIVATE)
         said = gr.Textbox(visible=False)  # by the browser
         waiting = gr.Checkbox(visible=False)
+        chat = gr.Checkbox(visible=False) if locked else opening["chat"]
         cancel.click(page.cancel, [state, waiting], js=_CANCEL, queue=False, **PRIVATE)
         for event in (buttons["edit"].click, form[0].submit, form[1].submit):
             on(event, page.edit, [state, editor, *form], [*screen, *listed], js=_ASK_AND_SCROLL)
@@ -159,7 +160,8 @@ def build(
         on(undo.click, page.undo, [state], screen, "multiple")
         on(redo.click, page.redo, [state], screen, "multiple")
         on(history.act, page.act, [state], [*screen, *form], "multiple")
-        on(files["load"].upload, page.load, [state, files["load"]], [*screen, *form, header])
+        loaded = [*screen, *form, header, chat]
+        on(files["load"].upload, page.load, [state, files["load"]], loaded)
         editor.input(models.choose, [state, editor], header, show_progress="hidden", **PRIVATE)
         reach.wire(probing, state, history, **MODEL, **PRIVATE)
         shown = [saving]

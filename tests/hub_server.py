@@ -86,6 +86,11 @@ def respond(hub: Hub, method: str, path: str, body: bytes, token: str) -> Any:
                 for o in wanted
             ]
         }
+    if parts[0] == "api" and len(parts) == 4:
+        files = hub.commits[name][-1][1] if hub.commits[name] else {}
+        private = hub.visibility.get(name) == "private"
+        siblings = [{"rfilename": path} for path in files]
+        return {"id": name, "private": private, "siblings": siblings}
     if parts[0] == "api" and parts[4] == "preupload":
         files = [file["path"] for file in json.loads(body)["files"]]
         modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in files}

@@ -189,8 +189,9 @@ def test_a_saved_session_brings_its_template(session: Session, bench: Workbench)
     chatting = Session(Shelf(bench))
     chatting.edit(*ASKED)
     session.edit("abba is", "xy")
-    *_, header = list(page.load(session, page.save(chatting)))[-1]
+    *_, header, chat = list(page.load(session, page.save(chatting)))[-1]
     assert SEEN in header
+    assert chat is True  # the box on the Model tab, which the next "Open model" reads
     assert session.bench.history == chatting.bench.history
     rows = [each.bench.compare(PROMPT, target=TARGET).rows for each in (session, chatting)]
     assert rows[0] == rows[1]

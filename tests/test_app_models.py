@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,20 @@ from families import FAMILIES, language_model, tiny_tokenizer
 from apps.editor import models, page
 from apps.editor.sessions import SCREEN, Session
 from apps.editor.shelf import Shelf
-from workbench import EditRequest, FineTune, FineTuneConfig, Mend, MendConfig, ModelError, Workbench
+from workbench import (
+    EditorError,
+    EditRequest,
+    FineTune,
+    FineTuneConfig,
+    Mend,
+    MendConfig,
+    ModelError,
+    Workbench,
+)
 from workbench.editors.proposals import gradient_factors
+from workbench.files import read_tensors, write_tensors
 from workbench.models import LanguageModel, open_model
+from workbench.sharing import TENSORS
 
 torch.set_num_threads(1)
 
@@ -140,11 +153,32 @@ def test_an_opened_editor_is_offered_to_all_and_edits_stay(
     assert session.edit("no no", "z").id == 2
     other = Session(shelf)
     assert {name for _, name in models.choice(other)["choices"]} == {"mine", "ft"}
+    assert other.editor == "ft"  # as the server was started, whatever others open
     models.choose(session, "ft")
     assert isinstance(session.bench.editor, FineTune)
     models.add(session, str(tmp_path / "mine"))  # read anew, not offered twice
     models.add(session, str(trained(tmp_path / "other" / "mine", session.bench.lm)))
     assert list(session.model.editors) == ["ft", "mine", "mine'"]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"evaluation": [1]},
+        {"evaluation": {"figures": []}},
+        {"data": None, "steps": [1], "edits_seen": {}},
+        {"data": ["<i>", "\ud800"], "evaluation": {"figures": {"<i>\ud800": 1e400, "<b>": 1}}},
+    ],
+)
+def test_a_hostile_card_is_shown_as_text(session: Session, tmp_path: Path, card: dict) -> None:
+    folder = trained(tmp_path / "evil", session.bench.lm)
+    tensors, metadata = read_tensors(folder / TENSORS, EditorError)
+    about = json.loads(metadata["about"]) | {"card": card}
+    write_tensors(folder / TENSORS, tensors, {"about": json.dumps(about)})
+    _, header, _ = models.add(session, str(folder))
+    assert models.choose(session, "evil") == header
+    assert "How the editor was trained" in header
+    assert not re.findall("<i>|\ud800", header)
 
 
 def test_an_editor_that_does_not_fit_is_refused_and_nothing_is_lost(

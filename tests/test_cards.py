@@ -46,7 +46,7 @@ def parts(card: str) -> tuple[dict[str, Any], BeautifulSoup]:
 
 
 def test_a_card_says_what_is_known_and_nothing_else() -> None:
-    front, page = parts(model_card(ABOUT))
+    front, page = parts(model_card(ABOUT, NAME))
     assert front == {
         "library_name": "model-editing-workbench",
         "base_model": "some/model",
@@ -56,13 +56,13 @@ def test_a_card_says_what_is_known_and_nothing_else() -> None:
     assert "Its card does not say." in said
     assert "It comes without figures." in said
     assert "chat" not in said
-    assert 'Workbench.open("some/model", editor="OWNER/NAME")' in said
+    assert 'Workbench.open("some/model", editor="owner/name")' in said
 
 
 def test_figures_stand_in_the_front_matter_and_in_the_table() -> None:
     settings = {"data": "zsre:some/questions", "split": "dev", "at_once": 1}
     evaluation = {"settings": settings, "figures": FIGURES}
-    front, page = parts(model_card(about(evaluation=evaluation)))
+    front, page = parts(model_card(about(evaluation=evaluation), NAME))
     (result,) = front["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in result["metrics"]} == {
         "edit_success": 0.96,
@@ -77,19 +77,23 @@ def test_figures_stand_in_the_front_matter_and_in_the_table() -> None:
 
 def test_data_sets_are_linked_by_their_ids_alone() -> None:
     data = ["counterfact:some/facts", "zsre:questions.jsonl.gz", "facts", "fever:some/facts"]
-    front, page = parts(model_card(about(data=data, chat=True, steps=20)))
+    front, page = parts(model_card(about(data=data, chat=True, steps=20), NAME))
     assert front["datasets"] == ["some/facts"]
     said = page.get_text()
     assert all(spec in said for spec in data)
     assert "It was trained on turns of a chat" in said
     assert "chat=True" in said
-    front, _ = parts(model_card(ABOUT | {"base_model": "tiny-llama"}))
+    front, _ = parts(model_card(ABOUT | {"base_model": "tiny-llama"}, NAME))
     assert "base_model" not in front
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(
-    ["<script>x</script>", "[a](http://x)", "`a` | b", "``", "---", "x\n---\ny: z", "![](x)", "|"]
+    [
+        *("<script>x</script>", "[a](http://x)", "![](x)", "---", "x\n---\ny: z"),
+        *("`a` | b", "``", "|", "a\\|b"),
+    ]
 )
+NAME = "owner/name"
 
 
 @given(text=TEXTS, other=TEXTS)
@@ -103,8 +107,12 @@ def test_no_text_from_outside_is_markup(text: str, other: str) -> None:
             "figures": {text: 0.5, "confidence_95": {text: other}},
         },
     }
-    card = model_card(hostile)
+    card = model_card(hostile, NAME)
     front, page = parts(card)
+    rows = [
+        row.count("|") for row in card.partition("## Limits")[0].splitlines() if row[:2] == "| "
+    ]
+    assert set(rows) <= {3, 4}  # each ends a cell
     assert set(front) <= {
         *("library_name", "base_model", "datasets", "tags", "metrics", "model-index")
     }
@@ -143,13 +151,13 @@ def test_no_text_from_outside_is_markup(text: str, other: str) -> None:
 )
 def test_any_card_is_shown(value: Any) -> None:
     for key in ("evaluation", "data", "chat", "start", "steps"):
-        parts(model_card(about(**{key: value})))
+        parts(model_card(about(**{key: value}), NAME))
 
 
 def test_the_editors_that_come_along_have_cards_with_their_figures() -> None:
     for name in SHIPPED:
         text = (shipped_editor(name) / "editor.json").read_text("utf-8")
-        front, page = parts(model_card(json.loads(text)))
+        front, page = parts(model_card(json.loads(text), NAME))
         measured = front["model-index"][0]["results"][0]["metrics"]
         assert {"edit_success", "neighborhood_kept"} <= {each["type"] for each in measured}
         assert "counterfact" in page.get_text()

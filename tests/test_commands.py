@@ -11,7 +11,7 @@ import torch
 from workbench import commands, open_model
 from workbench.__main__ import main
 from workbench.data import read
-from workbench.editors import TrainableEditor
+from workbench.editors import Mend, MendConfig, TrainableEditor
 
 FRANCE = "The capital of France is"
 SETTINGS = [
@@ -180,9 +180,31 @@ def test_figures_are_packed_however_the_folder_is_named(
     assert main([*pack, "--editor", other, "--out", str(tmp_path / "packed")]) == 0
     card = json.loads((tmp_path / "packed" / "editor.json").read_text())["card"]
     assert card["evaluation"]["figures"]["n"] == 2
+    rounds = ["--rounds", "2", "--out", str(tmp_path / "no")]
+    assert main([*pack, "--editor", other, *rounds]) == 2
+    assert "with other weights or settings than are packed" in capsys.readouterr().err
     figures.write_text("{}")
     assert main([*pack, "--editor", other, "--out", str(tmp_path / "no")]) == 2
     assert "holds no figures of" in capsys.readouterr().err
+
+
+def test_figures_stay_with_what_they_are_of(tiny_model: str, tmp_path: Path) -> None:
+    lm = open_model(tiny_model, device="cpu", progress=False)
+    for name in ("one", "two"):
+        editor = Mend(lm, MendConfig(rank=2))
+        editor.card = {"evaluation": {"figures": {"edit_success": 1.0}}}
+        editor.save_pretrained(tmp_path / name)
+    pack = ["pack", "--model", tiny_model, "--editor", str(tmp_path / "one")]
+    for more, kept in (
+        ([], True),
+        (["--rounds", "1"], True),
+        (["--rounds", "2"], False),
+        (["--later-strength", "0.5"], False),
+        (["--average", str(tmp_path / "two")], False),
+    ):
+        assert main([*pack, *more, "--out", str(tmp_path / "packed")]) == 0
+        card = json.loads((tmp_path / "packed" / "editor.json").read_text())["card"]
+        assert ("evaluation" in card) is kept
 
 
 def test_an_editor_is_packed_with_more_rounds(

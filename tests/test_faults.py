@@ -25,6 +25,7 @@ from test_conformance import MAKERS, traces
 from tokenizers import normalizers
 from torch import Tensor
 
+from apps.editor.markup import header
 from workbench import (
     DataError,
     EditError,
@@ -574,7 +575,9 @@ def test_any_editor_is_loaded_or_refused(saved: Path, data: st.DataObject):
         spoil_tensors_file(path, whole, data)
         editor = refused_or(lambda: TrainableEditor.from_pretrained(saved / "editor", wb.lm))
         if isinstance(editor, Mend):
-            refused_or(lambda: Workbench(wb.lm, editor).edit(PROMPT, TARGET))
+            other = Workbench(wb.lm, editor)
+            assert header(other, "mend").encode()  # as the app's page shows it
+            refused_or(lambda: other.edit(PROMPT, TARGET))
     finally:
         path.write_bytes(whole)
 
@@ -659,4 +662,4 @@ def test_any_results_are_resumed_from_or_refused(tmp_path: Path, data: st.DataOb
     kept = refused_or(lambda: _kept(file, {"n": 1}))
     assert kept is None or all(isinstance(one, dict) for one in kept.values())  # type: ignore[attr-defined]
     with suppress(EditorError):
-        _figures(file, "ft")
+        _figures(file, "ft", {})

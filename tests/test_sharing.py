@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from families import language_model
@@ -23,8 +24,9 @@ from workbench.editors import (
     open_editor,
     push_editor,
 )
+from workbench.files import read_tensors, write_tensors
 from workbench.models import LanguageModel
-from workbench.sharing import FILES, is_id, locate_editor
+from workbench.sharing import CARD, FILES, TENSORS, is_id, known_as, locate_editor
 
 torch.set_num_threads(1)
 NAME = "user/name"
@@ -60,7 +62,7 @@ def editor_for(lm: LanguageModel, seed: int = 0) -> Mend:
 def saved(folder: Path, lm: LanguageModel) -> dict[str, bytes]:
     """The files of an editor."""
     editor_for(lm).save_pretrained(folder)
-    return {name: (folder / name).read_bytes() for name in FILES}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def logits(wb: Workbench) -> torch.Tensor:
@@ -82,7 +84,6 @@ def test_what_is_pushed_opens_elsewhere_and_offline(
     assert isinstance(there.editor, Mend)
     assert there.editor.source == f"{NAME}@{hub.commits[NAME][-1][0]}"
     assert there.editor.card == here.editor.card  # type: ignore[attr-defined]
-    assert hub.fetched == set(FILES)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     count = len(hub.asked)
     offline = Workbench.open(tiny_model, editor=NAME, device="cpu")
@@ -116,19 +117,49 @@ def test_a_revision_opens_the_editor_that_was_there_then(hub: Hub, lm: LanguageM
     assert Mend.from_pretrained(NAME, lm).source == f"{NAME}@{last}"
 
 
-def test_an_editors_files_alone_are_fetched(hub: Hub, lm: LanguageModel, tmp_path: Path) -> None:
-    """Whatever else a repository holds is left there: pickles, code, paths that lead elsewhere."""
-    others = ["editor.pkl", "pytorch_model.bin", "modeling.py", "config.json", "sub/editor.json"]
-    others += ["../editor.json", "../../../editor.safetensors", "/etc/README.md", "editor.json/x"]
-    files = saved(tmp_path / "editor", lm)
-    hub.commit(NAME, files | {path: b"\x80\x04 no" for path in others})
-    before = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
+def test_an_editors_file_alone_is_fetched(hub: Hub, lm: LanguageModel, tmp_path: Path) -> None:
+    """Whatever else a repository holds is left there: pickles, code, more tensors."""
+    others = [
+        CARD,
+        "editor.pkl",
+        "modeling.py",
+        "config.json",
+        "model.safetensors",
+        f"sub/{TENSORS}",
+    ]
+    hub.commit(NAME, saved(tmp_path / "editor", lm) | {path: b"\x80\x04 no" for path in others})
     assert isinstance(open_editor(NAME, lm), Mend)
-    assert hub.fetched == set(FILES)
+    assert hub.fetched == {TENSORS}
     _, folder = locate_editor(NAME)
-    assert {path.name for path in folder.rglob("*")} == set(FILES)
-    after = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
-    assert after - before <= {tmp_path / "cache"}
+    assert {path.name for path in folder.rglob("*")} == {TENSORS}
+
+
+def test_an_editor_that_is_too_large_is_not_downloaded(
+    hub: Hub, lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit(NAME, saved(tmp_path / "editor", lm))
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    model = OpenModel(lm, {"ft": FineTune(lm)})
+    with pytest.raises(EditorError, match=f"not enough memory for the editor in {NAME}"):
+        model.add(NAME)
+    assert not any(method == "GET" and "/resolve/" in path for method, path in hub.asked)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert model.add(NAME) == (NAME, "")
+    assert any(method == "GET" and "/resolve/" in path for method, path in hub.asked)
+
+
+def test_settings_that_ask_for_more_than_the_file_holds_take_no_memory(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    """No machine has as much as these: making the editor would end in another error."""
+    path = Ke(lm, KeConfig(lstm=2, condition=2)).save_pretrained(tmp_path) / TENSORS
+    tensors, metadata = read_tensors(path, EditorError)
+    about = json.loads(metadata["about"])
+    about["settings"]["lstm"] = 10**7
+    write_tensors(path, tensors, {"about": json.dumps(about)})
+    with pytest.raises(EditorError, match="size mismatch for lstm"):
+        open_editor(tmp_path, lm)
 
 
 def test_a_folder_comes_before_an_id(
@@ -148,10 +179,13 @@ def test_a_folder_comes_before_an_id(
         *((NAME, True), (f"{NAME}@v1.0", True), (f"{NAME}@refs/pr/1", True)),
         *(("name", False), ("./name", False), ("../name", False), ("/user/name", False)),
         *(("a/b/c", False), (f"{NAME}@", False), ("~/name", False), (Path(NAME), False)),
+        *((f"{NAME}@x/../../y", False), ("us..er/name", False), ("data/it.jsonl", False)),
     ],
 )
 def test_ids_are_told_from_folders(source: str | Path, known: bool) -> None:
     assert is_id(source) is known
+    if isinstance(source, str):
+        assert known_as(source) == (source if known else Path(source).name)
 
 
 @pytest.mark.parametrize(
@@ -209,25 +243,61 @@ def test_an_editor_of_another_model_or_kind_is_refused_by_its_id(
     assert isinstance(TrainableEditor.from_pretrained(NAME, lm), Ke)
 
 
-def test_the_command_pushes_a_folder_with_what_was_written_into_its_card(
+def test_the_command_pushes_a_folder_and_leaves_a_card_that_was_written(
     hub: Hub, lm: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = editor_for(lm).save_pretrained(tmp_path / "editor")
+    (tmp_path / CARD).write_text("of a project")
+    folder = editor_for(lm).save_pretrained(tmp_path)
+    assert (folder / CARD).read_text() == "of a project"
+    (folder / CARD).unlink()
     (folder / "notes.txt").write_text("mine")
-    card = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(f"{card}\nAsk me about OWNER/NAME.\n")
-    assert main(["push", str(folder), NAME]) == 0
+    assert main(["push", str(folder), NAME, "--no-private"]) == 0
     assert capsys.readouterr().out.strip() == f"{hub.url}/{NAME}"
+    assert hub.visibility == {NAME: "public"}
     pushed = hub.commits[NAME][-1][1]
     assert pushed.keys() == set(FILES)
-    assert pushed["README.md"].decode().endswith(f"\nAsk me about {NAME}.\n")
-    assert pushed["editor.safetensors"] == (folder / "editor.safetensors").read_bytes()
-    (folder / "README.md").unlink()
-    assert main(["push", str(folder), "user/other", "--no-private"]) == 0
-    assert hub.visibility == {NAME: None, "user/other": "public"}
-    assert hub.commits["user/other"][-1][1]["README.md"].decode() == card.replace(
-        "OWNER/NAME", "user/other"
+    assert pushed[TENSORS] == (folder / TENSORS).read_bytes()
+    hub.commit(NAME, {CARD: b"written there"})
+    push_editor(folder, NAME)
+    assert hub.commits[NAME][-1][1][CARD] == b"written there"
+    (folder / CARD).write_text("written here")
+    push_editor(folder, NAME)
+    assert hub.commits[NAME][-1][1][CARD] == b"written here"
+
+
+def test_a_repository_of_something_else_or_public_against_the_wish_is_left_alone(
+    hub: Hub, lm: LanguageModel, tmp_path: Path
+) -> None:
+    folder = editor_for(lm).save_pretrained(tmp_path / "editor")
+    hub.commit("user/new", {".gitattributes": b"", CARD: b"---\nlicense: mit\n---\n"})
+    hub.commit("user/model", {".gitattributes": b"", CARD: b"mine", "model.safetensors": b""})
+    push_editor(folder, NAME, private=False)
+    push_editor(folder, "user/new")
+    before = {name: len(commits) for name, commits in hub.commits.items()}
+    with pytest.raises(EditorError, match=r"user/model holds other files and no editor\.saf"):
+        push_editor(folder, "user/model")
+    with pytest.raises(EditorError, match=f"{NAME} is there already, and public; nothing was sent"):
+        push_editor(folder, NAME, private=True)
+    assert {name: len(commits) for name, commits in hub.commits.items()} == before
+    editor_for(lm).push_to_hub("user/own", private=True)
+    editor_for(lm).push_to_hub("user/own", private=True)
+    assert len(hub.commits["user/own"]) == 2
+
+
+def test_editors_of_the_hub_are_averaged(hub: Hub, tiny_model: str, tmp_path: Path) -> None:
+    lm = open_model(tiny_model, device="cpu")
+    for seed, name in enumerate((NAME, "user/other")):
+        editor_for(lm, seed).push_to_hub(name)
+    ids = ["--editor", NAME, "--average", "user/other"]
+    assert main(["pack", "--model", tiny_model, *ids, "--out", str(tmp_path)]) == 0
+    one, other, mixed = (
+        dict(TrainableEditor.from_pretrained(source, lm).named_parameters())
+        for source in (NAME, "user/other", tmp_path)
     )
+    for name, weight in mixed.items():
+        torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=1e-3, atol=1e-3)
+    card = TrainableEditor.from_pretrained(tmp_path, lm).card
+    assert card["averaged"] == "0.5 of the weights come from user/other"
 
 
 def test_what_cannot_be_pushed_says_why_and_sends_nothing(
@@ -241,9 +311,15 @@ def test_what_cannot_be_pushed_says_why_and_sends_nothing(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(EditorError, match=r"needs a token.*`hf auth login`, or set HF_TOKEN"):
         push_editor(folder, NAME)
+    tensors, metadata = read_tensors(folder / TENSORS, EditorError)
+    about = json.loads(metadata["about"]) | {"base_model": "/home/me/tiny-llama"}
+    write_tensors(tmp_path / "old" / TENSORS, tensors, {"about": json.dumps(about)})
+    monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+    with pytest.raises(EditorError, match=r"its base model by where it lay, /home.*save it anew"):
+        push_editor(tmp_path / "old", NAME)
     assert hub.asked == []
     with pytest.raises(EditorError, match=f"{NAME} cannot be written.*a token that may do so"):
-        push_editor(folder, NAME, token="hf_of_another")
+        push_editor(folder, NAME)
     assert hub.commits == {}
 
 
@@ -254,13 +330,15 @@ def test_the_app_opens_an_editor_by_its_id(hub: Hub, lm: LanguageModel) -> None:
     assert isinstance(model.editors[NAME], Mend)
     assert model.add(f"{NAME}@{hub.commits[NAME][0][0]}") == (NAME, "")  # the same one
     editor_for(lm, 1).push_to_hub(NAME)
-    assert model.add(NAME) == (f"{NAME}'", "")
+    named = f"{NAME}@{hub.commits[NAME][1][0][:7]}"
+    assert model.add(NAME) == model.add(NAME) == (named, "")
+    assert [*model.editors] == ["ft", NAME, named]
 
 
 def test_a_local_model_is_named_without_where_it_lies(tiny_model: str, tmp_path: Path) -> None:
     lm = open_model(tiny_model, device="cpu")
     folder = editor_for(lm).save_pretrained(tmp_path / "editor")
-    for name in FILES:
-        assert str(Path(tiny_model).parent).encode() not in (folder / name).read_bytes()
+    for file in folder.iterdir():
+        assert str(Path(tiny_model).parent).encode() not in file.read_bytes()
     again = open_model(tiny_model, device="cpu", dtype="bfloat16")
     assert isinstance(open_editor(folder, again), Mend)  # the same model: no warning

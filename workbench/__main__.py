@@ -104,12 +104,14 @@ def _parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="write a trained editor for sharing")
     pack.add_argument("--editor", required=True, metavar="DIR", help="its folder, or its hub id")
-    pack.add_argument("--average", type=Path, metavar="DIR", help="mix in this editor's weights")
+    pack.add_argument("--average", metavar="DIR", help="mix in this editor's weights (or a hub id)")
     pack.add_argument("--share", type=float, default=0.5, help="of --average, 0 to 1 (0.5)")
     pack.add_argument("--rounds", type=int, help="most rounds of its edits, of MEND")
     pack.add_argument("--later-strength", type=float, help="of rounds after the first")
     pack.add_argument("--confidence", type=float, help="at which an edit needs no more rounds")
-    pack.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on DIR")
+    pack.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on what is packed"
+    )
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")
     _model(pack, editor=False, prompts=False)
 
@@ -119,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--private",
         action=argparse.BooleanOptionalAction,
-        help="of a repository that is made (default: as the account has it)",
+        help="of a repository that is made (default: as the account has it); refused if the one "
+        "that is there is public",
     )
 
     export = commands.add_parser("export", help="write a saved session as a PEFT adapter")

@@ -11,31 +11,26 @@ from typing import Any
 
 from workbench.sharing import is_id
 
-# Stands for where the editor lies, until it is sent to the hub under a name.
-ANYWHERE = "OWNER/NAME"
-
 _NO_MEASURE = ("n", "seconds", "seconds_per_edit")
 
 
-def model_card(about: Mapping[str, Any]) -> str:
+def model_card(about: Mapping[str, Any], name: str) -> str:
     """The card of a trained editor, with the front matter that the hub reads.
 
     Args:
         about: What `editor.json` holds; texts in it are shown as texts, never as Markdown.
-
-    Returns:
-        Markdown in which `OWNER/NAME` stands for where the editor lies.
+        name: Of its repository, `owner/name`.
     """
     card = about["card"]
     parts = (
-        f"---\n{_front_matter(about)}\n---",
+        f"---\n{_front_matter(about, name)}\n---",
         f"# A {_code(about['editor'])} editor for {_code(about['base_model'])}",
         "It turns one example of what the model should say into a change of the layers below, "
         "which can be taken back exactly. It is no model of its own.",
-        _use(about),
+        _use(about, name),
         "## How it was trained",
         _table(("", ""), _training(card)) or "Its card does not say.",
-        *_measured(_mapping(card.get("evaluation"))),
+        *_measured(mapping(card.get("evaluation")), name),
         "## Limits",
         _limits(about),
         "## Layers",
@@ -44,21 +39,21 @@ def model_card(about: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(about: Mapping[str, Any]) -> str:
+def _front_matter(about: Mapping[str, Any], repository: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     card, base = about["card"], about["base_model"]
-    evaluation = _mapping(card.get("evaluation"))
-    figures, settings = _figures(evaluation), _mapping(evaluation.get("settings"))
-    spec = _line(settings.get("data") or "unknown")
+    evaluation = mapping(card.get("evaluation"))
+    figures, settings = figures_of(evaluation), mapping(evaluation.get("settings"))
+    spec = line(settings.get("data") or "unknown")
     results = [
         EvalResult(
             task_type="model-editing",
             task_name="Model editing",
             dataset_type=next(iter(_hub_ids([spec])), spec),
             dataset_name=spec,
-            dataset_split=_line(settings["split"]) if settings.get("split") else None,
-            metric_type=_line(name),
+            dataset_split=line(settings["split"]) if settings.get("split") else None,
+            metric_type=line(name),
             metric_value=value,
         )
         for name, value in figures.items()
@@ -66,23 +61,23 @@ def _front_matter(about: Mapping[str, Any]) -> str:
     return ModelCardData(
         library_name="model-editing-workbench",
         base_model=base if is_id(base) else None,
-        datasets=_hub_ids(_listed(card.get("data"))) or None,
-        tags=["model-editing", _line(about["editor"])],
-        metrics=[*map(_line, figures)] or None,
-        model_name=ANYWHERE if results else None,
+        datasets=_hub_ids(listed(card.get("data"))) or None,
+        tags=["model-editing", line(about["editor"])],
+        metrics=[*map(line, figures)] or None,
+        model_name=repository if results else None,
         eval_results=results or None,
     ).to_yaml()
 
 
-def _use(about: Mapping[str, Any]) -> str:
-    base = json.dumps(_line(about["base_model"]), ensure_ascii=False)
+def _use(about: Mapping[str, Any], name: str) -> str:
+    base = json.dumps(line(about["base_model"]), ensure_ascii=False)
     options = ", chat=True" if about["card"].get("chat") else ""
     return f"""## Use
 
 ```python
 from workbench import Workbench
 
-wb = Workbench.open({base}, editor="{ANYWHERE}"{options})
+wb = Workbench.open({base}, editor="{name}"{options})
 wb.edit("The capital of France is", "Lyon")
 ```"""
 
@@ -91,23 +86,23 @@ def _training(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the card says in a word or a number; all else is in `editor.json`."""
     for name, value in card.items():
         if name == "data" and value:
-            yield "data", ", ".join(map(_code, _listed(value)))
+            yield "data", ", ".join(map(_code, listed(value)))
         elif isinstance(value, str | int | float):
             yield _code(name), _code(value)
     if card.get("start"):
         yield "begun from", "another trained editor"
 
 
-def _measured(evaluation: Mapping[str, Any]) -> Iterator[str]:
+def _measured(evaluation: Mapping[str, Any], repository: str) -> Iterator[str]:
     yield "## How it did"
-    if not (figures := _figures(evaluation)):
+    if not (figures := figures_of(evaluation)):
         yield (
             "It comes without figures. `python -m workbench evaluate --editors "
-            f"{ANYWHERE}` measures it on data of yours."
+            f"{repository}` measures it on data of yours."
         )
         return
-    half = _mapping(evaluation["figures"].get("confidence_95"))
-    settings = _mapping(evaluation.get("settings"))
+    half = mapping(evaluation["figures"].get("confidence_95"))
+    settings = mapping(evaluation.get("settings"))
     given = {**settings, "edits": evaluation["figures"].get("n")}
     wanted = ("data", "split", "edits", "at_once", "aggregation", "dtype")
     yield "Measured by `python -m workbench evaluate`: " + ", ".join(
@@ -133,20 +128,22 @@ def _limits(about: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Measures among what `evaluate` wrote: numbers, and no times or counts."""
+def figures_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Measures among what a card's `evaluation` holds: numbers, and no times or counts."""
     return {
         str(name): value
-        for name, value in _mapping(evaluation.get("figures")).items()
+        for name, value in mapping(evaluation.get("figures")).items()
         if isinstance(value, int | float) and abs(value) < inf and name not in _NO_MEASURE
     }
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value, where it is a mapping; else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
-def _listed(value: Any) -> list[str]:
+def listed(value: Any) -> list[str]:
+    """A value, or each of a list's, as texts."""
     return [str(each) for each in (value if isinstance(value, list | tuple) else [value or ""])]
 
 
@@ -157,14 +154,15 @@ def _hub_ids(specs: list[str]) -> list[str]:
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    # It ends a cell, in code too, and Markdowns differ in what a backslash before it does.
+    lines = [[cell.replace("|", "¦") for cell in row] for row in rows]
     if not lines:
         return ""
     ruled = [list(head), ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
-def _line(value: object) -> str:
+def line(value: object) -> str:
     """Any text on one line of signs that can be seen, cut where it is long."""
     seen = "".join(sign if sign.isprintable() else " " for sign in str(value))
     return " ".join(seen.split())[:200].strip() or "?"
@@ -172,7 +170,7 @@ def _line(value: object) -> str:
 
 def _code(value: object) -> str:
     """Any text as code, which no sign in it can end."""
-    text = _line(value)
+    text = line(value)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"

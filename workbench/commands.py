@@ -35,12 +35,12 @@ from workbench.errors import DataError, EditorError, ModelError
 from workbench.evaluate import Baselines, EvaluationConfig, knows
 from workbench.evaluate import evaluate as evaluate_editor
 from workbench.files import MALFORMED, write_text
-from workbench.hub import known_as
 from workbench.masks import token_table
 from workbench.models import LanguageModel, open_model
 from workbench.probes import Probe
 from workbench.results import Comparison
 from workbench.session import Workbench
+from workbench.sharing import known_as
 from workbench.shortage import memory_errors
 from workbench.training import Trainer, TrainingConfig
 from workbench.training.tensorboard import tensorboard_log
@@ -185,7 +185,7 @@ def evaluate(options: argparse.Namespace) -> None:
     baselines = Baselines()
     for name in [name.strip() for name in options.editors.split(",")]:
         editor = open_editor(name, lm)
-        about = {"settings": editor.settings(), "weights": _weights(editor)}
+        about = _identity(editor)
         if name in kept and about.items() <= kept[name].items():
             result["editors"][name] = kept[name]
             continue
@@ -232,6 +232,11 @@ def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     return editors
 
 
+def _identity(editor: Editor) -> dict[str, Any]:
+    """What figures of an editor are figures of."""
+    return {"settings": editor.settings(), "weights": _weights(editor)}
+
+
 def _weights(editor: Editor) -> str | None:
     """Fingerprint of what a trained editor has learned; None for one without training."""
     if not isinstance(editor, TrainableEditor):
@@ -247,18 +252,20 @@ def pack(options: argparse.Namespace) -> None:
     if asked."""
     lm = _open(options)
     editor = TrainableEditor.from_pretrained(options.editor, lm)
-    card = dict(editor.card)
+    card, before = dict(editor.card), _identity(editor)
     if options.average:
         _average(editor, TrainableEditor.from_pretrained(options.average, lm), options.share)
-        mixed = f"{options.share:g} of the weights come from {options.average.name}"
+        mixed = f"{options.share:g} of the weights come from {known_as(options.average)}"
         card["averaged"] = ", then ".join(filter(None, (card.get("averaged"), mixed)))
     given = {name: getattr(options, name) for name in ("rounds", "later_strength", "confidence")}
     if more := {name: value for name, value in given.items() if value is not None}:
         if not isinstance(editor, Mend):
             raise EditorError(f"{_flags(more)}: mend has such settings, {editor.name} has not.")
         editor = editor.changed(**more)
+    if (made := _identity(editor)) != before:
+        card.pop("evaluation", None)
     if options.evaluation:
-        card["evaluation"] = _figures(options.evaluation, options.editor)
+        card["evaluation"] = _figures(options.evaluation, options.editor, made)
     editor.card = card
     print(f"editor in {editor.save_pretrained(options.out, half=True)}")
 
@@ -278,12 +285,24 @@ def _average(editor: TrainableEditor, other: TrainableEditor, share: float) -> N
         parameter.lerp_(theirs[name], share)
 
 
-def _figures(file: Path, editor: str) -> dict[str, Any]:
-    """What `evaluate --json` wrote of one editor, by whatever path it was named."""
+def _figures(file: Path, editor: str, packed: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate --json` wrote of one editor, by whatever path it was named.
+
+    Args:
+        file: What it wrote.
+        editor: Its name there.
+        packed: The identity of the editor that is to have these figures.
+    """
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         named = {Path(name).resolve(): figures for name, figures in results["editors"].items()}
         figures = named[Path(editor).resolve()]
+        if not packed.items() <= figures.items():
+            raise EditorError(
+                f"{file} holds figures of {editor} with other weights or settings than are packed: "
+                f"pack it without --evaluation, measure what was packed, and pack that with its "
+                f"figures."
+            )
         return {
             "settings": results["settings"] | {"model": known_as(results["settings"]["model"])},
             "figures": {k: v for k, v in figures.items() if k != "settings"},

@@ -218,13 +218,13 @@ def _records(
     format: str, path: str, skipped: list[BadRecord], skip_bad: bool
 ) -> Iterator[tuple[EditExample, str | None]]:
     """Each record's example, and the pair that a claim belongs to."""
-    from . import hub, readers  # builds on the types above
+    from . import hub, readers, sharing  # builds on the types above
 
     try:
         path = str(Path(path).expanduser())
     except RuntimeError as error:  # ~name, of nobody here
         raise DataError(f"{path!r} names no file: {error}") from None
-    source = f"{format}:{hub.known_as(path)}"
+    source = f"{format}:{sharing.known_as(path)}"
     for line, raw in hub.rows(path) if hub.is_dataset(path) else readers.records(path):
         try:
             fields = readers.parse(raw)

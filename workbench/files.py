@@ -78,12 +78,23 @@ def read_tensors(
     Raises:
         WorkbenchError: The file is missing, cut short or no safetensors file.
     """
+    with _opened(path, error) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def read_metadata(path: Path, error: Callable[[str], WorkbenchError]) -> dict[str, str]:
+    """`read_tensors` without the tensors."""
+    with _opened(path, error) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path, error: Callable[[str], WorkbenchError]) -> Iterator[safe_open]:
     if not path.is_file():
         raise error(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            names, metadata = file.keys(), file.metadata()
-            return {name: file.get_tensor(name) for name in names}, dict(metadata or {})
+            yield file
     except (SafetensorError, OSError, RuntimeError) as problem:
         raise error(f"{path} is damaged or no safetensors file: {problem}.") from None
 

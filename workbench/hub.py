@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .sharing import is_id
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = (".gz", ".json", ".jsonl", ".txt")
 # What rows of fields are kept in. (Others of the library's kinds hold media, or may unpickle.)
 KINDS = ("arrow", "csv", "json", "parquet", "text")
 _PREPARED = "cache"  # rows that were prepared before, where the hub cannot be reached
@@ -19,15 +16,7 @@ _PREPARED = "cache"  # rows that were prepared before, where the hub cannot be r
 
 def is_dataset(path: str) -> bool:
     """Whether a path is that of a folder, or names no file and has the form of a hub id."""
-    if os.path.isdir(path):
-        return True
-    named = _ID.fullmatch(path) and not path.lower().endswith(_FILES)
-    return bool(named) and not os.path.exists(path)
-
-
-def known_as(path: str) -> str:
-    """What others know a data set by: its hub id, or its file's or folder's name."""
-    return path if is_dataset(path) and not os.path.isdir(path) else Path(path).name
+    return os.path.isdir(path) or (is_id(path) and not os.path.exists(path))
 
 
 def rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,35 +1,52 @@
-"""Trained editors on the hub: where one lies, fetched if need be, and how one gets there."""
+"""Ids of the hub, and trained editors there: where one lies, fetched if need be; sending one."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from workbench.errors import EditorError
 
-# All that is written, sent or fetched of an editor: no code, and nothing that is unpickled.
+# All that is sent of an editor: no code, and nothing that is unpickled. The first is all of it.
 TENSORS, ABOUT, CARD = FILES = ("editor.safetensors", "editor.json", "README.md")
 
 _NAME = r"\w[\w.-]*/\w[\w.-]*"
-_ID = re.compile(rf"({_NAME})(?:@(\w[\w./-]*))?", re.ASCII)
+_ID = re.compile(rf"(?!.*\.\.){_NAME}(?:@\w[\w./-]*)?", re.ASCII)
+_DATA_FILES = (".gz", ".json", ".jsonl", ".txt")
+_MADE_WITH_IT = {".gitattributes", CARD}  # by the hub, in a repository that is new
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def is_id(source: object) -> bool:
-    """Whether it is a text of the form of a hub id, `owner/name` or `owner/name@revision`."""
-    return isinstance(source, str) and bool(_ID.fullmatch(source))
+    """Whether it is a text of the form of a hub id, `owner/name` or `owner/name@revision`.
+
+    Paths of data files, `data/facts.jsonl`, are none.
+    """
+    if not isinstance(source, str) or source.lower().endswith(_DATA_FILES):
+        return False
+    return bool(_ID.fullmatch(source))
 
 
-def locate_editor(source: str | Path) -> tuple[str, Path]:
+def known_as(source: str) -> str:
+    """What others know a model or data set by: its hub id, or its file's or folder's name."""
+    return source if is_id(source) and not os.path.exists(source) else Path(source).name
+
+
+def locate_editor(
+    source: str | Path, admit: Callable[[int], object] | None = None
+) -> tuple[str, Path]:
     """Where a trained editor lies; downloaded first if it is on the hub and not here yet.
 
     A folder that is there comes before an id. What has been downloaded opens offline.
 
     Args:
         source: A folder, or a hub id, `owner/name` or `owner/name@revision`.
+        admit: Called with the size of the editor's file, in bytes, before it is downloaded or
+            read; raises what refuses it.
 
     Returns:
         What the same editor is found by again, the folder's whole path or `owner/name@commit`;
@@ -38,40 +55,57 @@ def locate_editor(source: str | Path) -> tuple[str, Path]:
     Raises:
         EditorError: The hub has it not, or does not give it, or cannot be reached.
     """
-    if not is_id(source) or os.path.isdir(source):
+    if is_id(source) and not os.path.isdir(source):
+        folder = _fetched(str(source), admit)
+        known = f"{str(source).partition('@')[0]}@{folder.name}"
+    else:
         folder = Path(source).expanduser().resolve()
-        return str(folder), folder
-    from huggingface_hub import snapshot_download
+        known = str(folder)
+    if admit is not None and (file := folder / TENSORS).is_file():
+        admit(file.stat().st_size)
+    return known, folder
 
-    name, _, revision = str(source).partition("@")
+
+def _fetched(source: str, admit: Callable[[int], object] | None) -> Path:
+    """The folder of what was downloaded: an editor's one file."""
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = source.partition("@")
+    fetch = partial(snapshot_download, name, revision=revision or None, allow_patterns=[TENSORS])
     with _explained(f"{source} is no folder here, and cannot be fetched from the hub", name):
-        folder = Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(FILES))
-        )
+        if admit is not None:
+            with suppress(errors.DryRunError):  # out of reach: nothing can be downloaded
+                for file in fetch(dry_run=True):
+                    admit(file.file_size or 0)
+        folder = Path(fetch())
     if not (folder / TENSORS).is_file():
         raise EditorError(
             f"{source} is on the hub, but holds no {TENSORS}: it is no trained editor. Give the "
             f"id of one; a model goes to --model, or `Workbench.open(model)`."
         )
-    return f"{name}@{folder.name}", folder
+    return folder
 
 
 def upload(
-    name: str, files: Mapping[str, Path | bytes], *, private: bool | None, token: str | None
+    name: str, files: Mapping[str, Path | bytes], *, private: bool | None, card: bytes
 ) -> str:
-    """Put files into a repository of the hub in one commit; it is made if it is not there.
+    """Put an editor into a repository of the hub in one commit; it is made if it is not there.
+
+    The token is $HF_TOKEN, or that of `hf auth login`.
 
     Args:
         name: Of the repository, `owner/name`.
         files: By their paths in it.
-        private: Of a repository that is made; None: as its owner's account has it.
-        token: Of the hub; None: $HF_TOKEN, or that of `hf auth login`.
+        private: Of a repository that is made, and asked of one that is there; None: as its owner's
+            account has it, or as it is.
+        card: `README.md`, where neither `files` nor the repository has one.
 
     Returns:
         The repository's address.
 
     Raises:
-        EditorError: There is no token, or the hub refuses or cannot be reached.
+        EditorError: There is no token, the repository is public against `private` or no editor's,
+            or the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -81,11 +115,24 @@ def upload(
             f"organisation of yours on the hub."
         )
     with _explained(f"{name} cannot be written on the hub", name):
-        token = token or get_token()
-        if token is None:
+        if get_token() is None:
             raise EditorError(f"Writing to the hub needs a token of yours: {_LOG_IN}.")
-        api = HfApi(token=token)
+        api = HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)
+        there = api.model_info(name)
+        held = {file.rfilename for file in there.siblings or ()}
+        if private and not there.private:
+            raise EditorError(
+                f"{name} is there already, and public; nothing was sent. Make it private in its "
+                f"settings on the hub first, or give another name."
+            )
+        if held - _MADE_WITH_IT and TENSORS not in held:
+            raise EditorError(
+                f"{name} holds other files and no {TENSORS}: it is no editor's repository, and "
+                f"nothing was sent. Give another name; it is made if it is not there."
+            )
+        if CARD not in held:
+            files = {CARD: card, **files}
         added = [CommitOperationAdd(path, data) for path, data in files.items()]
         api.create_commit(name, added, commit_message="Upload an editor")
     return str(url)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
 from apps.editor.run import Run
 from apps.editor.shelf import LABELS
 from workbench import Edit, Workbench
+from workbench.cards import figures_of, line, listed, mapping
 from workbench.memory import MemoryEstimate
 from workbench.results import HistoryEntry
 from workbench.style import KIND_COLORS
@@ -56,26 +57,24 @@ def header(bench: Workbench, editor: str) -> str:
     return (
         "<h1>Model-editing workbench</h1><p>Tell the model one thing it should say. See at once "
         "what changed, what should not have, and why; take it back exactly.</p>"
-        f'<div class="facts">{items}</div>{_card(getattr(bench.editor, "card", {}))}'
+        f'<div class="facts">{items}</div>{_card(getattr(bench.editor, "card", None))}'
     )
 
 
-def _card(card: Mapping[str, Any]) -> str:
-    """How a trained editor was trained and what it scored, folded away."""
-    if not card:
+def _card(card: Any) -> str:
+    """How a trained editor was trained and what it scored, folded away; it may say anything."""
+    if not (card := mapping(card)):
         return ""
-    data = card.get("data", "")
     said = {
-        "data": data if isinstance(data, str) else ", ".join(map(str, data)),
+        "data": ", ".join(listed(card.get("data"))),
         "steps": card.get("steps"),
         "edits seen": card.get("edits_seen"),
+        **figures_of(mapping(card.get("evaluation"))),
     }
-    figures = (card.get("evaluation") or {}).get("figures", {})
-    said |= {name: value for name, value in figures.items() if isinstance(value, int | float)}
     rows = "".join(
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_number(value))}</dd>"
+        f"<dt>{escape(line(name.replace('_', ' ')))}</dt><dd>{escape(_number(value))}</dd>"
         for name, value in said.items()
-        if value is not None
+        if isinstance(value, str | int | float)
     )
     return f"<details><summary>How the editor was trained</summary><dl>{rows}</dl></details>"
 
@@ -83,7 +82,7 @@ def _card(card: Mapping[str, Any]) -> str:
 def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else line(value)
 
 
 WELCOME = {

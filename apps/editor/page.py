@@ -241,7 +241,7 @@ def save(session: Session) -> str:
     return _zipped(session.bench.save(session.folder("session")))
 
 
-@streamed(extra=FORM + 1)
+@streamed(extra=FORM + 2)
 def load(session: Session, path: str) -> tuple[Any, ...]:
     """Take a saved session's edits, and its way of reading prompts, in place of those at hand."""
     folder = session.folder("loaded")
@@ -264,4 +264,4 @@ def load(session: Session, path: str) -> tuple[Any, ...]:
     if session.bench.edits:
         filled = _show(session, session.bench.edits[-1])
     header = markup.header(session.bench, session.editor)
-    return *screen(session), *(filled or form("", "", ())), header
+    return *screen(session), *(filled or form("", "", ())), header, session.bench.lm.chat

@@ -6,6 +6,7 @@ import gc
 import threading
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -16,7 +17,7 @@ from workbench import EditorError, FineTune, LanguageModel, ModelError, Workbenc
 from workbench.editors import SHIPPED, Editor, TrainableEditor, editor_source, open_editor
 from workbench.memory import MemoryEstimate, estimate_memory, free_on, size
 from workbench.models import DEFAULT_MODEL, Quantization
-from workbench.sharing import TENSORS, is_id, locate_editor
+from workbench.sharing import is_id, locate_editor
 
 LABELS = {
     "mend": "MEND (gated)",
@@ -36,16 +37,18 @@ class OpenModel:
         lm: The model.
         editors: By the name that users choose; fine-tuning, which needs no training, among them.
         users: Sessions and training runs; a model that has any stays open.
+
+    Attributes:
+        preferred: Name of the editor that sessions begin with, whatever users open: the last one.
     """
 
     lm: LanguageModel
     editors: dict[str, Editor]
     users: WeakSet[Any] = field(default_factory=WeakSet)
+    preferred: str = field(init=False)
 
-    @property
-    def preferred(self) -> str:
-        """Name of the editor to begin with: a trained one where there is one."""
-        return [*self.editors][-1]
+    def __post_init__(self) -> None:
+        self.preferred = [*self.editors][-1]
 
     @property
     def most_bytes(self) -> int:
@@ -65,9 +68,8 @@ class OpenModel:
             EditorError: No editor there, it does not fit the model or the memory, or it was
                 never trained.
         """
-        known, folder = locate_editor(source)
+        known, _ = locate_editor(source, partial(self._check_memory, _name_of(str(source))))
         name = _name_of(known)
-        self._check_memory(folder, name)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             editor = TrainableEditor.from_pretrained(known, self.lm)
@@ -77,15 +79,19 @@ class OpenModel:
                 f"it was not opened. Train one on the Train tab, open a trained one, or edit by "
                 f"fine-tuning."
             )
-        while name in self.editors and getattr(self.editors[name], "source", "") != known:
+        if is_id(known) and self._taken(name, known):
+            name = known[: len(name) + 8]  # owner/name@1a2b3c4
+        while self._taken(name, known):
             name += "'"
         self.editors[name] = editor
         return name, " ".join(str(w.message) for w in caught if w.category is UserWarning)
 
-    def _check_memory(self, folder: Path, name: str) -> None:
-        file = folder / TENSORS
+    def _taken(self, name: str, known: str) -> bool:
+        return name in self.editors and getattr(self.editors[name], "source", "") != known
+
+    def _check_memory(self, name: str, bytes: int) -> None:
         # Half a number's size in the file, whole in memory.
-        needed, free = 2 * file.stat().st_size if file.exists() else 0, free_on(self.lm.device)
+        needed, free = 2 * bytes, free_on(self.lm.device)
         if needed > free:
             raise EditorError(
                 f"There is not enough memory for the editor in {name}: it needs about "

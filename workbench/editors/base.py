@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from workbench.cancel import checkpoint
-from workbench.cards import ANYWHERE, model_card
+from workbench.cards import model_card
 from workbench.editors.proposals import CapturedEdits, EditRequest, Proposal
 from workbench.errors import EditError, EditorError
-from workbench.files import MALFORMED, read_tensors, write_tensors, write_text
-from workbench.hub import known_as
+from workbench.files import MALFORMED, read_metadata, read_tensors, write_tensors, write_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
-from workbench.sharing import ABOUT, CARD, TENSORS, locate_editor, upload
+from workbench.sharing import ABOUT, CARD, TENSORS, is_id, known_as, locate_editor, upload
 from workbench.updates import Update
 
 # What a saved editor must say of itself.
@@ -133,6 +132,11 @@ class TrainableEditor(nn.Module, ABC):
         """Make an untrained editor from its settings as JSON values."""
         return cls(lm, cls.config_class(**settings))  # type: ignore[call-arg]
 
+    def _settle(self) -> None:
+        """Go to the model's device, unless this is an outline, which holds no numbers."""
+        if torch.get_default_device().type != "meta":
+            self.to(self.lm.device)
+
     @property
     def trained(self) -> bool:
         """Whether it has learnt anything; the edits of one that has not are noise."""
@@ -176,7 +180,7 @@ class TrainableEditor(nn.Module, ABC):
         """Write the editor into a folder: `editor.safetensors`, settings and card inside.
 
         That file is complete or the old one stays; `editor.json` repeats settings and card to be
-        read, `README.md` is the model card of the hub.
+        read.
 
         Args:
             folder: Made if it is not there.
@@ -199,7 +203,6 @@ class TrainableEditor(nn.Module, ABC):
         }
         write_tensors(folder / TENSORS, tensors, {"about": text})
         write_text(folder / ABOUT, text + "\n")
-        write_text(folder / CARD, model_card(about))
         return folder
 
     @classmethod
@@ -221,9 +224,10 @@ class TrainableEditor(nn.Module, ABC):
                 model's layers.
         """
         known, folder = locate_editor(source)
-        tensors, about = _read(folder)
+        tensors, metadata = read_tensors(folder / TENSORS, EditorError)
+        about = _about(folder, metadata)
         kind = editor_class(about["editor"])
-        base, fingerprint = known_as(about["base_model"]), about["base_fingerprint"]
+        base, fingerprint = about["base_model"], about["base_fingerprint"]
         if not issubclass(kind, TrainableEditor):
             raise EditorError(
                 f"{source} names {kind.name!r}, an editor without parameters to load. Open it by "
@@ -235,10 +239,13 @@ class TrainableEditor(nn.Module, ABC):
                 f"from_pretrained, or whatever it holds by TrainableEditor.from_pretrained."
             )
         try:
-            editor = kind.from_settings(lm, about["settings"])
-            found = [layer.name for layer in editor.layers]
+            with torch.device("meta"):  # settings may ask for any size: none is allocated yet
+                outline = kind.from_settings(lm, about["settings"])
+            found = [layer.name for layer in outline.layers]
             if found != (layers := about["layers"]):
                 raise EditorError(f"it edits {layers!r:.80}, this model has {found!r:.80}")
+            outline.load_state_dict(tensors, assign=True)  # refuses other names and shapes
+            editor = kind.from_settings(lm, about["settings"])
             editor.load_state_dict(tensors)
         except Exception as error:  # settings of a damaged file can end an editor anywhere
             raise EditorError(
@@ -258,19 +265,10 @@ class TrainableEditor(nn.Module, ABC):
         editor.card, editor.source = about["card"], known
         return editor.eval()
 
-    def push_to_hub(
-        self,
-        name: str,
-        *,
-        half: bool = False,
-        private: bool | None = None,
-        token: str | None = None,
-    ) -> str:
+    def push_to_hub(self, name: str, *, half: bool = False, private: bool | None = None) -> str:
         """Save the editor into a repository of the hub; see `push_editor`."""
         with TemporaryDirectory() as folder:
-            return push_editor(
-                self.save_pretrained(folder, half=half), name, private=private, token=token
-            )
+            return push_editor(self.save_pretrained(folder, half=half), name, private=private)
 
 
 def with_chat(editor: Editor, chat: bool) -> Editor:
@@ -321,47 +319,56 @@ def editor_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def push_editor(
-    folder: str | Path, name: str, *, private: bool | None = None, token: str | None = None
-) -> str:
+def push_editor(folder: str | Path, name: str, *, private: bool | None = None) -> str:
     """Put a saved editor into a repository of the hub, in one commit.
 
+    The model card is the folder's `README.md`; where it has none, the one that the repository has,
+    or one made of what is known. The token is $HF_TOKEN, or that of `hf auth login`.
+
     Args:
-        folder: Of the editor. Its `README.md`, which may have been written on, is the model card;
-            one that has none gets one.
+        folder: Of the editor.
         name: Of the repository, `owner/name`; it is made if it is not there.
-        private: Of a repository that is made; None: as its owner's account has it.
-        token: Of the hub; None: $HF_TOKEN, or that of `hf auth login`.
+        private: Of a repository that is made; None: as its owner's account has it. True is refused
+            where the repository is there and public.
 
     Returns:
         The repository's address.
 
     Raises:
-        EditorError: No readable editor there, no token, or the hub refuses or cannot be reached.
+        EditorError: No readable editor there, or one that says where its base model lay; no
+            token; the repository is public against `private`, or holds something else; or the hub
+            refuses or cannot be reached.
     """
     folder = Path(folder)
-    _, about = _read(folder)
+    about = _about(folder, read_metadata(folder / TENSORS, EditorError))
+    base = about["base_model"]
+    if not is_id(base) and base != Path(base).name:
+        raise EditorError(
+            f"{folder} names its base model by where it lay, {base}: open it, and save it anew "
+            f"with save_pretrained, before others see it."
+        )
     try:
-        card, text = folder / CARD, json.dumps(about, indent=2, ensure_ascii=False)
-        shown = card.read_text("utf-8") if card.is_file() else model_card(about)
-        files = {ABOUT: f"{text}\n".encode(), CARD: shown.replace(ANYWHERE, name).encode()}
-    except (OSError, *MALFORMED) as error:
+        text = json.dumps(about, indent=2, ensure_ascii=False)
+        card = model_card(about, name).encode()
+        files = {TENSORS: folder / TENSORS, ABOUT: f"{text}\n".encode()}
+    except MALFORMED as error:
         raise EditorError(
             f"No model card can be made of {folder} ({error!r}): save the editor anew with "
             f"save_pretrained."
         ) from None
-    return upload(name, {TENSORS: folder / TENSORS, **files}, private=private, token=token)
+    if (written := folder / CARD).is_file():
+        files[CARD] = written
+    return upload(name, files, private=private, card=card)
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a saved editor, and what it says of itself."""
-    tensors, metadata = read_tensors(folder / TENSORS, EditorError)
+def _about(folder: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a saved editor says of itself."""
     try:
         about = dict(json.loads(metadata["about"]))
         for key, kind in _ABOUT.items():
             if not isinstance(about[key], kind):
                 raise TypeError(f"{key} is {about[key]!r:.80}")
-        return tensors, about
+        return about
     except MALFORMED as error:
         raise EditorError(
             f"{folder / TENSORS} holds no editor that this version can read ({error!r}). "

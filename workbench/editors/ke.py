@@ -127,7 +127,7 @@ class Ke(TrainableEditor):
             _Heads(config, layer.out_features, layer.in_features) for layer in self.layers
         )
         self._before_target, self._before_input = (self._ids(text) for text in (" >> ", " || "))
-        self.to(lm.device)
+        self._settle()
 
     def _ids(self, text: str) -> list[int]:
         return self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -234,7 +234,7 @@ class Mend(TrainableEditor):
         if self.config.gate:
             shares = torch.full((len(self.layers),), self.config.gate)
             self.gate_logits = nn.Parameter(shares.logit())
-        self.to(lm.device)
+        self._settle()
 
     @property
     def trained(self) -> bool:
