@@ -217,6 +217,7 @@ def open_model(
         quantization = BitsAndBytesConfig(
             load_in_8bit=quantize == "8bit",
             load_in_4bit=quantize == "4bit",
+            bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
         model, info = automatic.from_pretrained(

@@ -109,7 +109,9 @@ def outline(config: hf.PretrainedConfig, precision: str) -> hf.PreTrainedModel:
         _, automatic = auto_class(config)
         model = automatic.from_config(config, dtype=dtype)
     if precision == "4bit":
-        settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+        settings = hf.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
         quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=False)
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "meta"})
     model.tie_weights()
