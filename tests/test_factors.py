@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from families import FAMILIES, batch_for, language_model
 from references import assert_exact, editable, hook_count, in_double, losses
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -241,3 +243,100 @@ def test_two_threads_capture_at_the_same_time(llama: LanguageModel) -> None:
         for name, factors in expected[index].items():
             assert torch.equal(found[index][name].activation, factors.activation)
             assert torch.equal(found[index][name].delta, factors.delta)
+
+
+# --- the rows --------------------------------------------------------------------------------
+
+
+def test_rows_are_live_where_neither_factor_is_zero() -> None:
+    activation, delta = torch.zeros(3, 4, 2), torch.zeros(3, 4, 5)
+    activation[0, :3, 1], delta[0, 1:, 4] = 2.0, -1.0
+    activation[1] = 1.0
+    activation[2, 0], delta[2, 0] = 1.0, 1.0
+    factors = Factors(activation, delta)
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[0, 1:3] = expected[2, 0] = True
+    assert torch.equal(factors.live(), expected)
+    assert factors.last_live().tolist() == [2, 0, 0]
+    assert Factors(activation.to("meta"), delta.to("meta")).last_live().is_meta
+
+
+def test_factors_are_a_value_that_is_only_itself() -> None:
+    factors = Factors(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    assert factors == factors
+    assert factors != replace(factors)
+    with pytest.raises(AttributeError):
+        factors.delta = factors.activation  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_rows_of_all_sequences_in_one_axis_are_parted(llama: LanguageModel) -> None:
+    layer = editable(llama)[0]
+    rows = torch.arange(6.0 * layer.in_features, dtype=torch.float64).view(6, -1)
+
+    def found(*sequences: int) -> Factors:
+        with capture([layer]) as tap:
+            loss = layer.module(rows).square().sum()
+            return tap.factors(loss, *sequences)[layer.name]
+
+    for sequences in (1, 2, 3):
+        factors = found(sequences)
+        assert torch.equal(factors.activation, rows.view(sequences, 6 // sequences, -1))
+        expected = 2 * layer.module(rows).view(sequences, 6 // sequences, -1)
+        assert torch.equal(factors.delta, expected)
+    assert torch.equal(found().delta, found(1).delta)
+
+
+# --- the graph -------------------------------------------------------------------------------
+
+
+def test_factors_of_a_plain_capture_have_no_graph(llama: LanguageModel) -> None:
+    for factors in captured(llama, padded(llama)).values():
+        assert not factors.activation.requires_grad
+        assert not factors.delta.requires_grad
+
+
+def test_factors_that_keep_the_graph_are_functions_of_the_weights(llama: LanguageModel) -> None:
+    twin = in_double(llama)
+    layers = editable(twin)
+    weights = [layer.module.get_parameter("weight").requires_grad_() for layer in layers]
+    with sdpa_kernel(SDPBackend.MATH), capture(layers, graph=True) as tap:  # others go once only
+        loss = losses(twin.model, padded(twin)).sum()
+        found = [factors.gradient() for factors in tap.factors(loss, 3).values()]
+        expected = torch.autograd.grad(loss, weights, create_graph=True)
+        slopes = [
+            torch.autograd.grad(
+                sum(g.square().sum() for g in gradients), weights, retain_graph=True
+            )
+            for gradients in (found, expected)
+        ]
+    for one, other in zip(*slopes, strict=True):
+        assert other.any()
+        assert_close(one, other, rtol=1e-4, atol=1e-6)  # norms computed in float32
+
+
+def test_gradients_are_on_in_a_capture(llama: LanguageModel) -> None:
+    inputs = padded(llama)
+    expected = captured(llama, inputs)
+    with torch.no_grad():
+        found = captured(llama, inputs)
+    for name, factors in expected.items():
+        assert torch.equal(found[name].delta, factors.delta)
+
+
+def test_a_capture_starts_anew_with_each_set_of_factors(llama: LanguageModel) -> None:
+    batches = [padded(llama), padded(llama, "left")]
+    with capture(editable(llama)) as tap:
+        found = [tap.factors(losses(llama.model, inputs).sum(), 3) for inputs in batches]
+    for inputs, mine in zip(batches, found, strict=True):
+        for name, factors in captured(llama, inputs).items():
+            assert torch.equal(mine[name].delta, factors.delta)
+
+
+def test_a_capture_of_no_layer_silences_the_one_around_it(llama: LanguageModel) -> None:
+    mine, other = padded(llama), padded(llama, "left")
+    with capture(editable(llama)) as tap:
+        with capture(()):
+            losses(llama.model, other)
+        found = tap.factors(losses(llama.model, mine).sum(), 3)
+    for name, factors in captured(llama, mine).items():
+        assert torch.equal(found[name].delta, factors.delta)

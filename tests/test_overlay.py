@@ -201,10 +201,11 @@ def test_half_precision_models_take_float32_updates(family: str) -> None:
 
 
 def assert_as_before(lm: LanguageModel, run: Callable[[], object]) -> None:
-    inputs = batch_for(lm.model)
+    inputs, context = batch_for(lm.model), dict(contextvars.copy_context())
     base, checksum = logits_of(lm.model, inputs), lm.checksum()
     run()
     assert hook_count(lm.model) == 0
+    assert dict(contextvars.copy_context()) == context
     assert torch.equal(logits_of(lm.model, inputs), base)
     assert lm.checksum() == checksum
     assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
@@ -351,3 +352,40 @@ def test_a_new_thread_needs_a_copy_of_the_context(llama: LanguageModel) -> None:
     # A context that outlives the overlay keeps nothing alive.
     context.run(work, "late")
     assert torch.equal(found["late"], base)
+
+
+# --- one layer alone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_rows_of_all_sequences_in_one_axis_have_their_own_changes(
+    llama: LanguageModel, tokens: int
+) -> None:
+    """As mixture-of-experts blocks put them."""
+    layer = editable(llama)[0]
+    shape = 3, tokens, layer.in_features
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    acts = torch.tensor([True, False, True])
+    for update, sequences in (
+        (random_update([layer], batch=3), None),
+        (random_update([layer], batch=3), acts),
+        (random_update([layer]), acts),
+    ):
+        with overlay(llama.model, update, sequences):
+            expected, found = layer.module(inputs), layer.module(inputs.flatten(0, 1))
+            with pytest.raises(EditError, match="batch of 3 sequences, but the model was given 7"):
+                layer.module(torch.zeros(7, layer.in_features))
+        assert_close(found.view_as(expected), expected)
+        change = expected - layer.module(inputs)
+        dense = update[layer.name].dense().expand(3, -1, -1)
+        wanted = inputs @ dense.mT * (1.0 if sequences is None else acts[:, None, None])
+        assert_close(change, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_follows_its_layer_to_another_device() -> None:
+    """The meta device stands for any: nothing of it can be computed with the update's own."""
+    model = nn.Sequential(nn.Linear(3, 5, device="meta"))
+    update = Update({"0": LayerUpdate(torch.ones(1, 3), torch.ones(1, 5))})
+    with overlay(model, update, torch.tensor([True, False])):
+        assert model(torch.ones(2, 7, 3, device="meta")).shape == (2, 7, 5)
+    assert not update["0"].A.is_meta

@@ -206,3 +206,65 @@ def test_undo_goes_back_so_far_and_no_further() -> None:
         stack.undo()
     assert not stack.can_undo
     assert [(entry.id, entry.enabled) for entry in stack.entries] == [(0, True)]
+
+
+def test_an_entry_is_a_value_that_does_not_change() -> None:
+    stack = EditStack()
+    stack.push(0, UPDATES[0])
+    with pytest.raises(AttributeError):
+        stack.entries[0].strength = 2.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_copy_has_the_same_history_and_goes_its_own_way() -> None:
+    stack = EditStack()
+    stack.push(0, UPDATES[0])
+    stack.push(1, UPDATES[1])
+    stack.undo()
+    twin = stack.copy()
+    assert twin == stack
+    twin.redo()
+    twin.push(2, UPDATES[2])
+    assert [entry.id for entry in twin.entries] == [0, 1, 2]
+    assert [entry.id for entry in stack.entries] == [0]
+    stack.redo()
+    assert [entry.id for entry in stack.entries] == [0, 1]
+
+
+def test_what_undo_and_redo_reach_is_held_until_forgotten() -> None:
+    stack = EditStack()
+    for id in range(3):
+        stack.push(id, UPDATES[id])
+        stack.remove(id)
+    stack.undo()
+    assert stack.ids() == {0, 1, 2}
+    before, forgotten = stack.entries, 0
+    while stack.forget():
+        forgotten += 1
+    assert forgotten == 5  # states before the present one
+    assert stack.forget() is False
+    assert stack.entries == before
+    assert not stack.can_undo
+    assert stack.ids() == {2}
+    stack.redo()
+    assert stack.entries == ()
+
+
+def test_strengths_lie_between_minus_10_and_10() -> None:
+    stack = EditStack()
+    stack.push(0, UPDATES[0])
+    for strength in (-10, 10):
+        stack.strength(0, strength)
+        assert stack.entries[0].strength == strength
+    for strength in (-10.01, 10.01):
+        with pytest.raises(EditError, match="between -10 and 10"):
+            stack.strength(0, strength)
+
+
+def test_who_asks_for_a_missing_edit_is_told_which_there_are() -> None:
+    stack = EditStack()
+    with pytest.raises(EditError, match="at hand: none"):
+        stack.remove(7)
+    stack.push(0, UPDATES[0])
+    stack.push(3, UPDATES[0])
+    with pytest.raises(EditError, match=r"no edit 7\. Edits at hand: 0, 3\."):
+        stack.remove(7)
