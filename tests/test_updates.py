@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import combinations_with_replacement, product
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import softshrink
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.errors import EditError
 from workbench.updates import LayerUpdate, Update, stack_sequences
@@ -55,10 +57,15 @@ layer_updates = st.builds(
 laws = settings(max_examples=30, deadline=None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@laws
 @given(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["a", "b", "ab"]))
-def test_inner_products_are_those_of_the_dense_matrices(one: int, other: int, names: str) -> None:
-    first, second = update(one, rank=3), update(other, names=names)
-    dense = first.dense(), second.dense()
+def test_inner_products_are_those_of_the_dense_matrices(
+    dtype: torch.dtype, one: int, other: int, names: str
+) -> None:
+    """Summed in double precision, whatever the factors' own."""
+    first, second = update(one, rank=3).to(dtype), update(other, names=names).to(dtype)
+    dense = first.to(torch.float64).dense(), second.to(torch.float64).dense()
     expected = sum((dense[0][name] * dense[1][name]).sum() for name in names)
     assert first.inner(second) == pytest.approx(float(expected), rel=1e-10, abs=1e-10)
 
@@ -203,6 +210,33 @@ def test_dense_changes_add_up_without_rounding(shape: tuple[int, int]) -> None:
     assert torch.equal(total.dense(), 0.3 * dense[0] + 0.3 * dense[1] + 0.3 * dense[2])
 
 
+class Alive(TorchDispatchMode):
+    """The most tensors of so many numbers that were held at once."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.most = size, 0
+        self.made: list[ReferenceType[Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.numel() == self.size:
+            self.made = [held for held in (*self.made, ref(made)) if held() is not None]
+            self.most = max(self.most, len(self.made))
+        return made
+
+
+@pytest.mark.parametrize("rank", [1, None], ids=["terms", "matrices"])
+def test_a_sum_of_more_parts_holds_no_more_matrices_at_once(rank: int | None) -> None:
+    most = []
+    for size in (12, 24):
+        layers = [part((rank, False), (5, 4), seed) for seed in range(size)]
+        with Alive(5 * 4) as alive:
+            LayerUpdate.sum(layers)
+        most.append(alive.most)
+    assert most[0] == most[1] > 0
+
+
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (3, 1), (3, 3)], ids=str)
 def test_a_sum_is_differentiable_in_its_parts(ranks: tuple[int, int]) -> None:
     leaves = [
@@ -258,6 +292,41 @@ def test_figures_of_an_update() -> None:
     for name, values in u.spectrum().items():
         assert_close(values, torch.linalg.svdvals(dense[name])[:2].float())
     assert u.compress(1).rank() == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compression_keeps_the_dtype(dtype: torch.dtype) -> None:
+    short = update(1).to(dtype).compress(1)
+    assert {tensor.dtype for tensor in short.tensors()} == {dtype}
+
+
+def test_tensors_are_all_that_an_update_holds() -> None:
+    scale = torch.tensor(2.0)
+    first, second = replace(layer_update(2, 5, 3), scale=scale), gated(1)
+    found = Update({"a": first, "b": second}).tensors()
+    expected = [first.A, first.B, scale, second.A, second.B, second.threshold]
+    assert len(found) == len(expected)
+    # The very ones, in any order within a layer: what is done to them is done to the update.
+    assert {id(tensor) for tensor in found[:3]} == {id(tensor) for tensor in expected[:3]}
+    assert {id(tensor) for tensor in found[3:]} == {id(tensor) for tensor in expected[3:]}
+
+
+def test_a_folded_update_is_the_same_change_at_scale_1() -> None:
+    u = update(1)
+    assert {layer.scale for layer in u.folded().values()} == {1.0}
+    same(u.folded(), u.dense())
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=str)
+@pytest.mark.parametrize("lead", [(), (7,), (1,)], ids=str)
+def test_a_step_is_folded_into_the_narrower_factor(
+    shape: tuple[int, int], lead: tuple[int, ...]
+) -> None:
+    layer = layer_update(6, *shape, lead=lead)
+    narrow, wide = "AB" if shape[1] < shape[0] else "BA"
+    folded = layer.folded()
+    assert getattr(folded, wide) is getattr(layer, wide)
+    assert torch.equal(getattr(folded, narrow), layer.scale * getattr(layer, narrow))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -325,17 +394,22 @@ def test_stacked_sequences_keep_their_own_updates() -> None:
         for name in SHAPES:
             assert_close(dense[name][row], expected[name])
     assert stacked.rank() == {"a": 3, "b": 3}
+    assert not stacked.gated
 
 
 def test_batched_updates_add_and_measure_one_by_one() -> None:
     batched = layer_update(2, 5, 3, seed=1, lead=(3,))
     total = batched + batched * 0.5
+    assert batched.inner(total).shape == (3,)
     for row in range(3):
         alone = LayerUpdate(batched.A[row], batched.B[row], batched.scale)
         assert_close(total.dense()[row], 1.5 * alone.dense())
         assert_close(total.norm()[row], 1.5 * alone.norm())
         assert_close(total.spectrum()[row, :2], 1.5 * alone.spectrum())
         assert_close(total.compress(2).dense()[row], 1.5 * alone.dense())
+        assert_close(batched.inner(total)[row], 1.5 * alone.dense().square().sum())
+    whole = Update({"a": batched}).inner(Update({"a": total}))
+    assert whole == pytest.approx(float(batched.inner(total).sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -400,11 +474,21 @@ def test_gated_and_plain_changes_add_up() -> None:
 
 
 def test_each_sequence_has_its_own_gates() -> None:
-    one, two, inputs = gated(1), layer_update(2, 5, 4, seed=3), draw(3, 7, 4, seed=2)
-    stacked = stack_sequences([Update({"a": part}) if part else None for part in (one, None, two)])
-    expected = effect(one, inputs[0]), torch.zeros(7, 5, dtype=inputs.dtype), effect(two, inputs[2])
+    one, plain, two = gated(1), layer_update(2, 5, 4, seed=3), gated(4, rank=1)
+    inputs = draw(4, 7, 4, seed=2)
+    stacked = stack_sequences([Update({"a": one}), None, Update({"a": plain}), Update({"a": two})])
+    expected = effect(one, inputs[0]), torch.zeros(7, 5, dtype=inputs.dtype)
+    expected += effect(plain, inputs[2]), effect(two, inputs[3])
     assert stacked.gated
     assert_close(stacked["a"].apply(inputs), torch.stack(expected))
+
+
+def test_a_sum_is_gated_where_a_part_is() -> None:
+    plain, other, one = layer_update(1, 5, 4, seed=1), layer_update(1, 5, 4, seed=2), gated(3)
+    assert LayerUpdate.sum((plain, other)).threshold is None
+    assert not Update({"a": plain, "b": other}).gated
+    assert Update({"a": plain, "b": one}).gated
+    assert LayerUpdate.sum((plain, one, other)).threshold is not None
 
 
 def test_what_a_gated_change_cannot_be_is_refused() -> None:
@@ -429,3 +513,12 @@ def test_compression_to_no_term_is_refused(rank: int) -> None:
 def test_a_batch_without_any_update_is_refused() -> None:
     with pytest.raises(EditError, match="None of the sequences"):
         stack_sequences([None, Update({})])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_update_takes_the_bytes_of_its_factors_and_thresholds(dtype: torch.dtype) -> None:
+    bytes_each = {torch.float64: 8, torch.bfloat16: 2}[dtype]
+    plain, one = layer_update(2, 5, 3), gated(1, rank=3)
+    assert Update({"a": plain}).to(dtype).nbytes == bytes_each * 2 * (3 + 5)
+    both = Update({"a": plain, "b": one}).to(dtype)
+    assert both.nbytes == bytes_each * (2 * (3 + 5) + 3 * (4 + 5 + 1))

@@ -55,7 +55,7 @@ class LayerUpdate:
         """
         *lead, out_features, in_features = delta_weight.shape
         size = min(out_features, in_features)
-        identity = torch.eye(size).to(delta_weight).expand(*lead, size, size)
+        identity = _identity(size, delta_weight).expand(*lead, size, size)
         if in_features <= out_features:
             return cls(identity, delta_weight.mT.contiguous())
         return cls(delta_weight, identity)
@@ -170,9 +170,10 @@ class LayerUpdate:
         narrow = min(layers[0].A.shape[-1], layers[0].B.shape[-1])
         if len(plain) > 1 and sum(layer.rank for layer in plain) > narrow:
             few = [layer for layer in plain if layer.rank < narrow]
-            parts = [layer.dense() for layer in plain if layer.rank >= narrow]
-            parts += [_side_by_side(few).dense()] if few else []
-            plain = [cls.from_dense(sum(parts[1:], parts[0]))]
+            parts = [layer for layer in plain if layer.rank >= narrow]
+            first, *rest = [*parts, _side_by_side(few)] if few else parts
+            # One by one: no more matrices are held at once for more parts.
+            plain = [cls.from_dense(sum((part.dense() for part in rest), first.dense()))]
         return _side_by_side([*plain, *gated])
 
     def thresholds(self) -> Tensor:
@@ -194,7 +195,11 @@ def _is_identity(factor: Tensor) -> bool:
     rank, width = factor.shape[-2:]
     if rank != width or factor.requires_grad:
         return False
-    return torch.equal(factor, torch.eye(rank).to(factor).expand_as(factor))
+    return torch.equal(factor, _identity(rank, factor).expand_as(factor))
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def _side_by_side(layers: Sequence[LayerUpdate]) -> LayerUpdate:
@@ -233,8 +238,8 @@ class Update(Mapping[str, LayerUpdate]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its factors take."""
-        return sum(layer.A.nbytes + layer.B.nbytes for layer in self.values())
+        """Bytes that its factors, thresholds and tensor scales take."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @classmethod
     def sum(cls, updates: Iterable[Update]) -> Update:
