@@ -305,7 +305,7 @@ def test_factors_that_keep_the_graph_are_functions_of_the_weights(llama: Languag
         expected = torch.autograd.grad(loss, weights, create_graph=True)
         slopes = [
             torch.autograd.grad(
-                sum(g.square().sum() for g in gradients), weights, retain_graph=True
+                torch.stack([g.square().sum() for g in gradients]).sum(), weights, retain_graph=True
             )
             for gradients in (found, expected)
         ]
