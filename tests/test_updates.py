@@ -130,6 +130,12 @@ def test_from_dense_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None
     assert torch.equal(identity, torch.eye(min(shape), dtype=dtype))
 
 
+def test_from_dense_stays_on_the_device_of_the_change() -> None:
+    layer = LayerUpdate.from_dense(torch.zeros(5, 3, device="meta"))
+    assert layer.A.is_meta
+    assert layer.B.is_meta
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
 def test_a_batch_of_dense_changes_is_held_exactly(shape: tuple[int, int]) -> None:
     dense = draw(2, *shape, seed=1)
