@@ -317,8 +317,9 @@ def test_tensors_are_all_that_an_update_holds() -> None:
     assert {id(tensor) for tensor in found[3:]} == {id(tensor) for tensor in expected[3:]}
 
 
-def test_a_folded_update_is_the_same_change_at_scale_1() -> None:
-    u = update(1)
+@pytest.mark.parametrize("step", [-1.0, 0.0, 1.0, 2.0])
+def test_a_folded_update_is_the_same_change_at_scale_1(step: float) -> None:
+    u = Update({name: replace(layer, scale=step) for name, layer in update(1).items()})
     assert {layer.scale for layer in u.folded().values()} == {1.0}
     same(u.folded(), u.dense())
 
