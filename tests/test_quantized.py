@@ -109,6 +109,14 @@ def test_each_sequence_has_its_own_update(
             assert_near(lm, found[row], logits_of(lm.model, inputs)[row])
 
 
+def test_weights_of_four_bits_are_normal_floats(folder: str) -> None:
+    from bitsandbytes.nn.modules import Linear4bit
+
+    model = open_model(folder, device="cpu", quantize="4bit", progress=False)
+    layers: list[Any] = [m for m in model.model.modules() if isinstance(m, Linear4bit)]
+    assert {layer.weight.quant_type for layer in layers} == {"nf4"}
+
+
 def test_weights_repacked_elsewhere_are_refused(folder: str) -> None:
     from bitsandbytes.nn.modules import Linear4bit
 
