@@ -11,6 +11,7 @@ from workbench import EditError, FineTune, FineTuneConfig, LanguageModel, Workbe
 from workbench.compare import compare_prompts, generate_texts
 from workbench.encoding import collate, kl, tokenize
 from workbench.probes import Probe
+from workbench.sentences import model_encoder
 from workbench.updates import Update
 
 SHORT, LONG = "Bees make", "The capital of France is, as everybody knows,"
@@ -26,6 +27,16 @@ def test_a_batch_continues_each_prompt_as_alone(family: str) -> None:
     lm = language_model(family)
     together = generate_texts(lm, [SHORT, LONG], 6)
     assert together == [generate_texts(lm, [prompt], 6)[0] for prompt in (SHORT, LONG)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bart"])
+def test_threads_that_share_a_tokenizer_find_it_as_it_was(family: str) -> None:
+    """Fast tokenizers hold padding and truncation as state: who sets it, sets it for all."""
+    lm = language_model(family)
+    backend = lm.tokenizer.backend_tokenizer
+    generate_texts(lm, [SHORT, LONG], 2)
+    model_encoder(lm)([SHORT, LONG * 40])
+    assert (backend.padding, backend.truncation) == (None, None)
 
 
 def test_a_checkpoints_beams_do_not_stand_in_the_way() -> None:

@@ -19,6 +19,7 @@ from workbench.encoding import (
     Tokens,
     collate,
     length_groups,
+    padded,
     passes,
     per_sequence_mean,
     sequence_nll,
@@ -229,6 +230,18 @@ def texts_for(lm: LanguageModel) -> list[Tokens]:
     return [tokenize(lm, p, label if lm.kind == "classifier" else t) for p, t in PAIRS]
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_texts_are_padded_as_their_tokenizer_would(left: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    read = tokenizer(["abba", "a", "Bees make"])
+    expected = tokenizer.pad(
+        read, padding_side="left" if left else "right", return_tensors="pt", verbose=False
+    )
+    ids, mask = padded(read["input_ids"], PAD, left)
+    assert_close(ids, expected["input_ids"])
+    assert_close(mask, expected["attention_mask"])
+
+
 def test_batches_are_padded_on_the_right(lm: LanguageModel) -> None:
     texts = texts_for(lm)
     batch = collate(lm, texts)
@@ -283,7 +296,7 @@ def test_batches_are_those_of_the_device_that_is_named():
     assert passes(lm, texts, torch.device("cuda")) == [[0, 1]]
 
 
-def padded(groups: list[list[int]], lengths: list[int], overhead: int) -> int:
+def cost_of(groups: list[list[int]], lengths: list[int], overhead: int) -> int:
     """What a split costs: tokens with their padding, and passes."""
     return sum(len(group) * max(lengths[i] for i in group) + overhead for group in groups)
 
@@ -295,11 +308,11 @@ def test_texts_are_split_into_the_cheapest_batches(lengths: list[int], overhead:
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     # Whatever the split, its batches' longest texts bound it: try every assignment.
     cheapest = min(
-        padded(
+        cost_of(
             [[i for i, g in enumerate(names) if g == name] for name in set(names)],
             lengths,
             overhead,
         )
         for names in product(range(len(lengths)), repeat=len(lengths))
     )
-    assert padded(groups, lengths, overhead) == cheapest
+    assert cost_of(groups, lengths, overhead) == cheapest

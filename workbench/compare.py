@@ -20,6 +20,7 @@ from workbench.encoding import (
     has_label,
     kl,
     label_names,
+    padded,
     per_sequence_mean,
     reads_at_most,
     tokenize,
@@ -68,12 +69,10 @@ def generate_texts(
     if not prompts:
         return []
     tokenizer = lm.tokenizer
+    read = encode(lm, [as_read(lm, prompt) for prompt in prompts])["input_ids"]
     # A decoder writes on from its last token; an encoder may count positions from its first.
-    side = "right" if lm.kind == "seq2seq" else "left"
-    read = [as_read(lm, prompt) for prompt in prompts]
-    inputs = encode(lm, read, return_tensors="pt", padding=True, padding_side=side)
-    _check_length(lm, inputs["input_ids"].shape[1], max_new_tokens)
-    inputs = inputs.to(lm.device)
+    ids, mask = padded(read, cast(int, tokenizer.pad_token_id), left=lm.kind == "causal")
+    _check_length(lm, ids.shape[1], max_new_tokens)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     settings["pad_token_id"] = tokenizer.pad_token_id
     if config := deepcopy(options.pop("generation_config", None)):
@@ -81,7 +80,7 @@ def generate_texts(
         settings = {"generation_config": config}
     else:
         settings |= {"do_sample": False, "num_beams": 1}
-    start = 0 if lm.kind == "seq2seq" else inputs["input_ids"].shape[1]
+    start = 0 if lm.kind == "seq2seq" else ids.shape[1]
 
     def texts(tokens: Tensor) -> list[str]:
         return tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
@@ -96,8 +95,8 @@ def generate_texts(
     stops = [*options.pop("stopping_criteria", ()), each_token]
     with torch.no_grad():
         output = cast(Any, lm.model).generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
             stopping_criteria=stops,
             **(settings | options),
         )

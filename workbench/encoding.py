@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.utils.rnn import pad_sequence
 
 from workbench.errors import EditError
 from workbench.models import LanguageModel
@@ -191,7 +192,7 @@ def _verdict(name: str) -> str:
 def collate(lm: LanguageModel, texts: Sequence[Tokens]) -> Batch:
     """Pad texts on the right into one batch on the model's device."""
     pad = cast(int, lm.tokenizer.pad_token_id)
-    input_ids, mask = _pad([text.ids for text in texts], pad)
+    input_ids, mask = padded([text.ids for text in texts], pad)
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     if lm.kind == "causal":
         columns = [range(len(t.ids) - len(t.targets), len(t.ids)) for t in texts]
@@ -199,7 +200,7 @@ def collate(lm: LanguageModel, texts: Sequence[Tokens]) -> Batch:
         columns = [range(len(t.targets)) for t in texts]
     if lm.kind == "seq2seq":
         start = lm.model.config.decoder_start_token_id
-        inputs["decoder_input_ids"], _ = _pad([(start, *t.targets[:-1]) for t in texts], pad)
+        inputs["decoder_input_ids"], _ = padded([(start, *t.targets[:-1]) for t in texts], pad)
     rows = [row for row, text in enumerate(texts) for _ in text.targets]
     flat = [column for span in columns for column in span]
     targets = [target for text in texts for target in text.targets]
@@ -250,14 +251,26 @@ def length_groups(texts: Sequence[Tokens], overhead: int) -> list[list[int]]:
     return [order[start:end] for start, end in pairwise(cuts)]
 
 
-def _pad(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+def padded(
+    sequences: Sequence[Sequence[int]], pad: int, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids into one tensor, and say where they are.
+
+    A fast tokenizer holds how it pads and cuts as state, which threads that share it would change
+    under one another: tokenizers are called without, and padding is done here.
+
+    Args:
+        sequences: At least one.
+        pad: Id that fills.
+        left: Whether the filling comes first.
+
+    Returns:
+        Ids and their mask (1: a text's own), `(sequences, longest)` each, int64, on the CPU.
+    """
+    side = "left" if left else "right"
+    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
+    return pad_sequence(ids, True, pad, side), mask
 
 
 def sequence_nll(logits: Tensor, batch: Batch) -> Tensor:

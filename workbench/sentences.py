@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from workbench.corpus import SENTENCES
+from workbench.encoding import padded
 from workbench.gguf import quiet_loading
 from workbench.models import LanguageModel
 
@@ -71,19 +72,17 @@ class Encoder:
         return torch.stack([found[text] for text in texts])
 
     def _states(self, texts: Sequence[str]) -> Tensor:
-        inputs = self._tokenizer(
-            list(texts),
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=self._longest,
-        ).to(self._device)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        read = self._tokenizer(list(texts), verbose=False)["input_ids"]
+        pad = self._tokenizer.pad_token_id
+        ids, mask = (t.to(self._device) for t in padded(list(map(self._cut, read)), pad))
         states = self._body(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask[..., None].to(states.device, torch.float32)
         means = (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         return normalize(means.cpu() - self._middle, dim=-1)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """At most the tokens that are read, the last of all among them: it may close the text."""
+        return ids if len(ids) <= self._longest else ids[: self._longest - 1] + ids[-1:]
 
     def closeness(self, text: str, others: Sequence[str]) -> list[float]:
         """Cosine of a text with each of others, negative ones as 0."""
