@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from workbench.editors.base import TrainableEditor
-from workbench.editors.mend import EditorNetwork, Mend, MendConfig
+from workbench.editors.mend import Mend, MendConfig
+from workbench.editors.networks import EditorNetwork
 from workbench.editors.proposals import EditRequest, gradient_factors
 from workbench.encoding import collate, tokenize
 from workbench.errors import EditError, EditorError

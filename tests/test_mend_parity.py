@@ -19,7 +19,8 @@ from families import tiny_tokenizer
 from torch import Tensor
 
 from workbench.data import EditExample
-from workbench.editors.mend import EditorNetwork, Mend, MendConfig
+from workbench.editors.mend import Mend, MendConfig
+from workbench.editors.networks import EditorNetwork
 from workbench.encoding import Batch, Tokens, collate
 from workbench.factors import Factors, capture
 from workbench.models import LanguageModel

@@ -31,7 +31,8 @@ from workbench.errors import EditError
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.updates import LayerUpdate, Update, stack_sequences
+from workbench.stacking import stack_sequences
+from workbench.updates import LayerUpdate, Update
 
 GENERATING = [family for family in FAMILIES if family != "bert"]
 

@@ -29,12 +29,12 @@ LAYERS = (
     ("errors",),
     ("cancel", "shortage", "files", "recompute", "parallel"),
     ("data", "claims", "hub", "readers", "corpus", "sharing", "cards"),
-    ("gguf", "shipped"),
-    ("layers", "models", "memory", "encoding", "masks"),
-    ("updates", "adapters"),
+    ("gguf", "shipped", "subjects"),
+    ("layers", "models", "memory", "encoding", "masks", "scope"),
+    ("updates", "adapters", "stacking"),
     ("crossing", "metrics", "overlay", "factors", "views"),
     ("editors",),
-    ("training", "subjects", "probes", "results"),
+    ("training", "probes", "results"),
     ("sentences", "rewrites", "neighborhood", "report"),
     (
         *("aggregate", "compare", "continuations", "edit", "evaluate"),
@@ -53,6 +53,7 @@ HEAVY = (
 )
 # The extras for users; the others serve documentation, figures as files, and development.
 USERS = ("app", "datasets", "evaluation", "notebooks", "peft", "quant", "tensorboard")
+HELPERS = ("base", "networks", "proposals", "scoping", "statistics")
 UNPICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
@@ -131,7 +132,7 @@ def test_module_level_imports_have_no_cycle():
 
 def test_editors_do_not_import_one_another():
     editors = {name for name in MODULES if name.startswith("workbench.editors.")}
-    common = {f"workbench.editors.{name}" for name in ("base", "proposals", "statistics")}
+    common = {f"workbench.editors.{name}" for name in HELPERS}
     for name in editors - common:
         path = MODULES[name]
         assert own_imports(path, parsed(path)) & editors <= common, name

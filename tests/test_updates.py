@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.errors import EditError
-from workbench.updates import LayerUpdate, Update, stack_sequences
+from workbench.stacking import stack_sequences
+from workbench.updates import LayerUpdate, Update
 
 SHAPES = {"a": (5, 3), "b": (4, 6)}  # (out, in)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from workbench.editors import Editor, EditRequest, Proposal
 from workbench.editors.proposals import capture_edits, joined
 from workbench.errors import EditError
 from workbench.overlay import overlay
+from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
 
 Aggregation = Literal["sum", "ridge", "sequence"]
@@ -99,27 +101,53 @@ def ridge(
     """
     if damping < 0:
         raise EditError(f"damping must be 0 or more; got {damping}.")
+    updates = Update.in_one_scope(updates)
+    scope = updates[0].scope if updates else None
+    reached = [
+        None if scope is None else _reached(u, scope, i)
+        for u, i in zip(updates, inputs, strict=True)
+    ]
     solved = {}
     for name in dict.fromkeys(name for update in updates for name in update):
-        edits = [(u[name], i[name]) for u, i in zip(updates, inputs, strict=True) if name in u]
-        solved[name] = _solved([layer for layer, _ in edits], [rows for _, rows in edits], damping)
-    return Update(solved)
+        parts = zip(updates, inputs, reached, strict=True)
+        edits = [(u[name], i[name], r) for u, i, r in parts if name in u]
+        solved[name] = _solved(*zip(*edits, strict=True), damping)
+    return Update(solved, scope)
 
 
-def _solved(layers: Sequence[LayerUpdate], inputs: Sequence[Tensor], damping: float) -> LayerUpdate:
+def _reached(update: Update, scope: Scope, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Which edits are in force at an edit's own tokens, `(tokens, edits)` bool."""
+    reached = scope.matched(inputs[scope.layer].to(scope.keys)).cummax(0).values
+    # A subject that opens the text is told by its token's id, which inputs do not hold.
+    mine = torch.cat([layer.owner_of_each() for layer in update.values()]).unique()
+    for edit in mine[mine >= 0].tolist():
+        reached[:, edit] |= ~reached[:, edit].any()
+    return reached
+
+
+def _solved(
+    layers: Sequence[LayerUpdate],
+    inputs: Sequence[Tensor],
+    reached: Sequence[Tensor | None],
+    damping: float,
+) -> LayerUpdate:
     rows = torch.cat(list(inputs)).to(layers[0].A)
     wanted = torch.cat(
-        [layer.apply(own.to(layer.A)) for layer, own in zip(layers, inputs, strict=True)]
+        [
+            layer.apply(own.to(layer.A), force)
+            for layer, own, force in zip(layers, inputs, reached, strict=True)
+        ]
     )
-    if all(layer.threshold is None for layer in layers):
+    if not any(layer.gated for layer in layers):
         keys = rows.double()
         return LayerUpdate(_weights(keys, keys, damping).to(rows), wanted)
     summed = LayerUpdate.sum(layers).folded()
-    acting = summed.acting(rows)
+    in_force = [force for force in reached if force is not None]
+    acting = summed.acting(rows, torch.cat(in_force) if in_force else None)
     missing = (wanted - acting @ summed.B).double()
     keys = acting.double()
     parted = summed.B + (keys.T @ _weights(keys, missing, damping)).to(summed.B)
-    return LayerUpdate(summed.A, parted, threshold=summed.threshold)
+    return replace(summed, B=parted)
 
 
 def _weights(keys: Tensor, wanted: Tensor, damping: float) -> Tensor:

@@ -24,10 +24,13 @@ class Tokens:
         ids: Token ids the model reads, without the last target token (nothing is predicted
             from it). For encoder-decoder models and classifiers: the prompt alone.
         targets: Ids to be predicted; for a classifier one class index.
+        subject: Where the first and the last token stand of what the text is about, for editors
+            that ask; None: not told.
     """
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]
+    subject: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +113,19 @@ def as_read(lm: LanguageModel, prompt: str) -> str:
 def encode(lm: LanguageModel, text: str | list[str], **options: Any) -> Any:
     """The tokenizer's encoding of texts as read; a chat template brings its special tokens."""
     return lm.tokenizer(text, add_special_tokens=not lm.chat, **options)
+
+
+def span_of(lm: LanguageModel, prompt: str, part: str) -> tuple[int, int]:
+    """Where the first and the last token of a part of a prompt stand; of its last occurrence."""
+    read, text = as_read(lm, prompt), prompt.strip()  # as a chat template would
+    begin = read.rindex(text) + text.rindex(part)
+    spans = encode(lm, read, return_offsets_mapping=True)["offset_mapping"]
+    inside = [
+        place
+        for place, (start, stop) in enumerate(spans)
+        if max(start, begin) < min(stop, begin + len(part))
+    ]
+    return inside[0], inside[-1]
 
 
 def _conversation(lm: LanguageModel, prompt: str, answer: str | None = None) -> str:

@@ -27,7 +27,8 @@ from workbench.layers import EditableLayer
 from workbench.metrics import EditorScores, EditScores, begins_with, exact, gathered, mean_or_none
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
-from workbench.updates import Update, stack_sequences
+from workbench.stacking import stack_sequences
+from workbench.updates import Update
 from workbench.views import Trunk, TrunkCache, target_logits
 
 

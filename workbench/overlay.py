@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 from torch import Tensor, nn
 
 from workbench.errors import EditError
 from workbench.layers import linear_shape
+from workbench.scope import Reading
 from workbench.updates import LayerUpdate, Update
 
 UNDOABLE = 1000  # actions that a history goes back
@@ -21,7 +23,13 @@ _live: ContextVar[frozenset[int]] = ContextVar("workbench_live_overlays", defaul
 _tokens = count()
 
 
-def _add(layer: LayerUpdate, inputs: Tensor, output: Tensor, sequences: Tensor | None) -> Tensor:
+def _add(
+    layer: LayerUpdate,
+    inputs: Tensor,
+    output: Tensor,
+    sequences: Tensor | None,
+    reached: Tensor | None,
+) -> Tensor:
     batch = len(layer.A) if layer.A.dim() == 3 else None if sequences is None else len(sequences)
     if batch is not None:
         # Mixture-of-experts blocks put the tokens of all sequences in one axis.
@@ -32,23 +40,61 @@ def _add(layer: LayerUpdate, inputs: Tensor, output: Tensor, sequences: Tensor |
                 f"The overlay is made for a batch of {batch} sequences, but the model was given "
                 f"{len(inputs)}. Pass as many sequences as updates (and no beams)."
             )
-    change = layer.apply(inputs.to(layer.A))
+    change = layer.apply(inputs.to(layer.A), reached)
     if sequences is not None:
         change = change * sequences.to(change)[:, None, None]
     return output + change.view_as(output).to(output.dtype)
 
 
-def _hook(layer: LayerUpdate, token: int, sequences: Tensor | None) -> Callable[..., Tensor | None]:
+def _hook(
+    layer: LayerUpdate, here: Callable[[], bool], sequences: Tensor | None, reading: Reading | None
+) -> Callable[..., Tensor | None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         nonlocal layer
-        if token not in _live.get():
+        if not here():
             return None
         # Only the output tells where an offloaded layer runs.
         if layer.A.device != output.device:
             layer = layer.map(lambda factor: factor.to(output.device))
-        return _add(layer, args[0], output, sequences)
+        reached = None if reading is None or layer.owners is None else reading.reached
+        if reached is not None:
+            reached = reached.to(output.device)
+        return _add(layer, args[0], output, sequences, reached)
 
     return hook
+
+
+def _follow(model: nn.Module, reading: Reading, here: Callable[[], bool]) -> list[Any]:
+    """Hooks that tell a reading what the model reads.
+
+    Args:
+        model: The whole model.
+        reading: What is told.
+        here: Whether the thread at hand is the one to be followed.
+
+    Returns:
+        Handles, to be removed.
+    """
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if here():
+            ids = args[0] if args else kwargs.get("input_ids")
+            reading.begin(ids, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if here():
+            reading.look(args[0])
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if here():
+            reading.end(output)
+
+    layer = model.get_submodule(reading.scope.layer)
+    return [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        layer.register_forward_pre_hook(look),
+        model.register_forward_hook(end, always_call=True),
+    ]
 
 
 @contextmanager
@@ -58,7 +104,8 @@ def overlay(
     """Run the model as if each weight W were `W + scale * B^T A`; the weights are never written.
 
     The overlay is local to the context (thread, task) that enters it. Overlays nest: their
-    changes add up. Differentiable in both factors and the scale.
+    changes add up. Differentiable in both factors and the scale. Edits with a scope act from the
+    token on that is in it, in texts that are read in pieces too, with a cache.
 
     Args:
         model: The module whose layers the update names.
@@ -72,7 +119,16 @@ def overlay(
             in the forward pass: the batch has another number of sequences.
     """
     token = next(_tokens)
+    scope = update.scope if update else None
+    reading = None if scope is None else Reading(scope)
+
+    def here() -> bool:
+        return token in _live.get()
+
     with ExitStack() as stack:
+        if reading is not None:
+            for handle in _follow(model, reading, here):
+                stack.callback(handle.remove)
         for name, layer in (update or {}).items():
             try:
                 module = model.get_submodule(name)
@@ -88,7 +144,8 @@ def overlay(
                     f"The update changes layer {name!r} as a matrix of (out, in) = {wanted}; in "
                     f"this model it is {shape and shape[::-1]}. It was made for another model."
                 )
-            handle = module.register_forward_hook(_hook(layer.folded(), token, sequences))
+            hook = _hook(layer.folded(), here, sequences, reading)
+            handle = module.register_forward_hook(hook)
             stack.callback(handle.remove)
         reset = _live.set(_live.get() | {token})
         try:

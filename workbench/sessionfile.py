@@ -20,6 +20,7 @@ from workbench.layers import DENSE
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.results import EditTrace, LayerTrace, as_json
+from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
 
 _FILE = "session.safetensors"
@@ -104,6 +105,11 @@ def write_session(
             tensors[f"{place}.scale.{name}"] = torch.tensor(float(layer.scale), dtype=torch.float64)
             if layer.threshold is not None:
                 tensors[f"{place}.threshold.{name}"] = layer.threshold.contiguous()
+            if layer.owners is not None:
+                tensors[f"{place}.owners.{name}"] = layer.owners.contiguous()
+        if (scope := edit.update.scope) is not None:
+            for part in ("keys", "thresholds", "openings"):
+                tensors[f"{place}.scope.{part}.{scope.layer}"] = getattr(scope, part).contiguous()
         listed.append(
             {
                 "requests": as_json(edit.requests),
@@ -159,15 +165,22 @@ def _edit(place: int, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> Sa
                 tensors[f"{place}.B.{name}"],
                 tensors[f"{place}.scale.{name}"].item(),
                 tensors.get(f"{place}.threshold.{name}"),
+                tensors.get(f"{place}.owners.{name}"),
             )
             for name in names
-        }
+        },
+        _scope(place, tensors),
     )
     for factor in update.tensors():
         if factor.dtype not in DENSE or factor.dim() > 2:
             raise ValueError(f"a factor of {factor.dtype} and shape {tuple(factor.shape)}")
     if not update.is_finite():
         raise ValueError("numbers that are not finite")
+    edits = 0 if update.scope is None else len(update.scope)
+    for layer in update.values():
+        owners = layer.owner_of_each()
+        if owners.dtype != torch.int64 or not bool(((owners >= -1) & (owners < edits)).all()):
+            raise ValueError(f"terms of edits that a scope of {edits} lacks")
     return SavedEdit(
         tuple(map(_request, item["requests"])),
         update,
@@ -176,6 +189,20 @@ def _edit(place: int, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> Sa
         bool(item["enabled"]),
         float(item["strength"]),
     )
+
+
+def _scope(place: int, tensors: Mapping[str, Tensor]) -> Scope | None:
+    prefix = f"{place}.scope."
+    found = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+    if not found:
+        return None
+    layer = found[0].partition(".")[2]
+    keys, thresholds, openings = (
+        tensors[f"{prefix}{part}.{layer}"] for part in ("keys", "thresholds", "openings")
+    )
+    if openings.dtype != torch.int64 or not keys.isfinite().all() or thresholds.isnan().any():
+        raise ValueError("a scope of other numbers")
+    return Scope(layer, keys, thresholds, openings)
 
 
 def _of(kind: type[Kind], value: object) -> Kind:

@@ -17,6 +17,7 @@ _OPENERS = re.compile(
     r"question|answer|it|he|she|they|i|you|we|this|that)\b[:,]?\s*)+",
     re.IGNORECASE,
 )
+_POSSESSIVE = re.compile(r"['\u2019]s$")
 _ROLE = re.compile(r"^[A-Z]{2,}s? of (?:the )?")  # the CEO of Acme: it is about Acme
 _AFTER = re.compile(
     r"\b(?:of|for|in|by|from|called|named|about)\s+(.+?)\s+"
@@ -61,18 +62,24 @@ def topic_of(prompt: str) -> Topic:
 
 
 def guess_subject(prompt: str) -> str:
-    """The part of a prompt that it seems to be about: a name, else the noun before the verb."""
+    """The part of a prompt that it seems to be about: a name, else the noun before the verb, else
+    its first word."""
+    words = _OPENERS.sub("", prompt.strip()).split()
+    return likely_subject(prompt) or (words[0] if words else prompt.strip())
+
+
+def likely_subject(prompt: str) -> str | None:
+    """`guess_subject` where the prompt's form tells it; None: by its first word alone."""
     names = [_ROLE.sub("", _OPENERS.sub("", found)) for found in _NAMES.findall(prompt)]
     longest = max(reversed([name for name in names if name]), key=len, default="")
     if longest:
-        return longest
+        return _POSSESSIVE.sub("", longest)
     for pattern in (_AFTER, _BEFORE):
         match = pattern.search(prompt)
         subject = _OPENERS.sub("", match[1]) if match else ""
         if subject:
             return subject
-    words = _OPENERS.sub("", prompt.strip()).split()
-    return words[0] if words else prompt.strip()
+    return None
 
 
 def named(relation: Relation, subject: str) -> str | None:

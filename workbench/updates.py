@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from workbench.errors import EditError
+from workbench.scope import Scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,8 @@ class LayerUpdate:
         B: Output-side factor, `(..., rank, out)`; for MEND the pseudodeltas.
         scale: Signed step, a float or a 0-d tensor; for MEND minus the layer's `edit_lr`.
         threshold: Of each term, `(..., rank)`, at least 0; None: 0, as in a change of weights.
+        owners: Of each term, `(..., rank)`: the edit of the update's scope that it belongs to, -1
+            for none; None: none of them.
 
     A leading axis, where there is one, holds a different update for each sequence of a batch.
     """
@@ -32,6 +36,7 @@ class LayerUpdate:
     B: Tensor
     scale: float | Tensor = 1.0
     threshold: Tensor | None = None
+    owners: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.A.shape[:-1] != self.B.shape[:-1] or self.A.dim() not in (2, 3):
@@ -40,11 +45,13 @@ class LayerUpdate:
                 f"(rank, out) or (batch, rank, in) and (batch, rank, out); got A "
                 f"{tuple(self.A.shape)} and B {tuple(self.B.shape)}."
             )
-        if self.threshold is not None and self.threshold.shape != self.A.shape[:-1]:
-            raise EditError(
-                f"A gated update has one threshold a term, {tuple(self.A.shape[:-1])}; got "
-                f"{tuple(self.threshold.shape)}."
-            )
+        terms = self.A.shape[:-1]
+        for name, found in (("threshold", self.threshold), ("owner", self.owners)):
+            if found is not None and found.shape != terms:
+                raise EditError(
+                    f"A gated update has one {name} a term, {tuple(terms)}; got "
+                    f"{tuple(found.shape)}."
+                )
 
     @classmethod
     def from_dense(cls, delta_weight: Tensor) -> LayerUpdate:
@@ -65,22 +72,27 @@ class LayerUpdate:
         """Number of rank-1 terms; the matrix rank can be lower."""
         return self.A.shape[-2]
 
-    def apply(self, inputs: Tensor) -> Tensor:
+    def apply(self, inputs: Tensor, reached: Tensor | None = None) -> Tensor:
         """What the change adds to the layer's output, `(..., tokens, in)` -> `(..., tokens, out)`.
 
         Args:
             inputs: The layer's inputs; leading axes as the factors' or none.
+            reached: Which edits of the scope are in force, `(..., tokens, edits)` bool; None: all.
         """
-        return self.scale * (self.acting(inputs) @ self.B)
+        return self.scale * (self.acting(inputs, reached) @ self.B)
 
-    def acting(self, inputs: Tensor) -> Tensor:
-        """How strongly each term acts on inputs, `(..., tokens, in)` -> `(..., tokens, rank)`."""
+    def acting(self, inputs: Tensor, reached: Tensor | None = None) -> Tensor:
+        """How strongly each term acts, `(..., tokens, rank)`; arguments as those of `apply`."""
         keyed = inputs @ self.A.mT
-        if self.threshold is None:
+        if self.threshold is not None:
+            # Soft thresholding (Donoho 1995): continuous, and the identity at threshold 0.
+            limit = self.threshold.unsqueeze(-2)
+            keyed = keyed - keyed.clamp(-limit, limit)
+        if self.owners is None or reached is None:
             return keyed
-        # Soft thresholding (Donoho 1995): continuous, and the identity at threshold 0.
-        limit = self.threshold.unsqueeze(-2)
-        return keyed - keyed.clamp(-limit, limit)
+        in_force = torch.cat((reached, reached.new_ones((*reached.shape[:-1], 1))), -1)
+        owners = (self.owners % in_force.shape[-1]).unsqueeze(-2)  # -1 is the last
+        return keyed * in_force.gather(-1, owners.expand_as(keyed))
 
     def dense(self) -> Tensor:
         """The change as a matrix, `(..., out, in)`, the threshold left out."""
@@ -115,10 +127,10 @@ class LayerUpdate:
         Raises:
             EditError: `rank` is below 1, or the change is gated: its terms cannot be mixed.
         """
-        if self.threshold is not None:
+        if self.gated:
             raise EditError(
-                "A gated update cannot be compressed: each of its terms has a threshold of its "
-                "own. Edit with an editor without a gate, or keep the update as it is."
+                "A gated update cannot be compressed: each of its terms has a threshold or a "
+                "scope of its own. Edit with an editor without a gate, or keep the update as it is."
             )
         if rank < 1:
             raise EditError(f"An update is compressed to at least 1 term a layer; got {rank}.")
@@ -146,8 +158,8 @@ class LayerUpdate:
         if isinstance(self.scale, float) and self.scale == 1.0:
             return self
         if self.A.shape[-1] <= self.B.shape[-1] and self.threshold is None:
-            return LayerUpdate(self.A * self.scale, self.B)
-        return LayerUpdate(self.A, self.B * self.scale, threshold=self.threshold)
+            return replace(self, A=self.A * self.scale, scale=1.0)
+        return replace(self, B=self.B * self.scale, scale=1.0)
 
     @classmethod
     def sum(cls, layers: Sequence[LayerUpdate]) -> LayerUpdate:
@@ -164,8 +176,8 @@ class LayerUpdate:
                 f"Changes of shapes {sorted(shapes)} do not add up: (out, in), after the number "
                 f"of sequences if there is one, must agree. Add updates of one model and batch."
             )
-        plain = [layer for layer in layers if layer.threshold is None]
-        gated = [layer for layer in layers if layer.threshold is not None]
+        plain = [layer for layer in layers if not layer.gated]
+        gated = [layer for layer in layers if layer.gated]
         # Both forms hold `in + out` numbers a term, the matrix for min(in, out) terms.
         narrow = min(layers[0].A.shape[-1], layers[0].B.shape[-1])
         if len(plain) > 1 and sum(layer.rank for layer in plain) > narrow:
@@ -176,6 +188,17 @@ class LayerUpdate:
             plain = [cls.from_dense(sum((part.dense() for part in rest), first.dense()))]
         return _side_by_side([*plain, *gated])
 
+    @property
+    def gated(self) -> bool:
+        """Whether it has thresholds or owners, so that it is no change of the weights."""
+        return self.threshold is not None or self.owners is not None
+
+    def owner_of_each(self) -> Tensor:
+        """The owner of each term, `(..., rank)` int64; -1 where there is no scope."""
+        if self.owners is not None:
+            return self.owners
+        return torch.full(self.A.shape[:-1], -1, device=self.A.device)
+
     def thresholds(self) -> Tensor:
         """The threshold of each term, `(..., rank)`; 0 where there is no gate."""
         return self.A.new_zeros(self.A.shape[:-1]) if self.threshold is None else self.threshold
@@ -184,10 +207,15 @@ class LayerUpdate:
         return LayerUpdate.sum((self, other))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerUpdate:
-        """Apply a function to every tensor (a move to a device, a dtype, a slice of the terms)."""
+        """Apply a function to every tensor (a move to a device, a dtype, a slice of the terms).
+
+        Owners, which are indices, follow to another device alone.
+        """
         scale = function(self.scale) if isinstance(self.scale, Tensor) else self.scale
         threshold = None if self.threshold is None else function(self.threshold)
-        return LayerUpdate(function(self.A), function(self.B), scale, threshold)
+        A = function(self.A)
+        owners = None if self.owners is None else self.owners.to(A.device)
+        return LayerUpdate(A, function(self.B), scale, threshold, owners)
 
 
 def _is_identity(factor: Tensor) -> bool:
@@ -208,11 +236,18 @@ def _side_by_side(layers: Sequence[LayerUpdate]) -> LayerUpdate:
         return layers[0]
     folded = [layer.folded() for layer in layers]
     gated = any(layer.threshold is not None for layer in folded)
+    owned = any(layer.owners is not None for layer in folded)
     return LayerUpdate(
         torch.cat([layer.A for layer in folded], -2),
         torch.cat([layer.B for layer in folded], -2),
         threshold=torch.cat([layer.thresholds() for layer in folded], -1) if gated else None,
+        owners=torch.cat([layer.owner_of_each() for layer in folded], -1) if owned else None,
     )
+
+
+def _moved(layer: LayerUpdate, start: int) -> LayerUpdate:
+    owners = layer.owners
+    return layer if owners is None else replace(layer, owners=owners + start * (owners >= 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +255,14 @@ class Update(Mapping[str, LayerUpdate]):
     """An immutable change of a model: layer name -> `LayerUpdate`, with `+`, `-`, `*`.
 
     A low-rank update is a LoRA adapter; see `workbench.adapters` for PEFT folders.
+
+    Args:
+        layers: Layer name -> its change.
+        scope: Where in a text its edits act, by their terms' `owners`; None: everywhere.
     """
 
     layers: Mapping[str, LayerUpdate]
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(self.layers))
@@ -243,18 +283,43 @@ class Update(Mapping[str, LayerUpdate]):
 
     @classmethod
     def sum(cls, updates: Iterable[Update]) -> Update:
-        """The sum of several updates, added up once a layer; empty for none."""
+        """The sum of several updates, added up once a layer; empty for none.
+
+        Raises:
+            EditError: Their shapes differ, or the layers that their scopes look at.
+        """
         by_name: dict[str, list[LayerUpdate]] = {}
-        for update in updates:
-            for name, layer in update.items():
+        parts = cls.in_one_scope(updates)
+        for part in parts:
+            for name, layer in part.items():
                 by_name.setdefault(name, []).append(layer)
-        return cls({name: LayerUpdate.sum(layers) for name, layers in by_name.items()})
+        layers = {name: LayerUpdate.sum(layers) for name, layers in by_name.items()}
+        return cls(layers, parts[0].scope if parts else None)
+
+    @classmethod
+    def in_one_scope(cls, updates: Iterable[Update]) -> list[Update]:
+        """The same updates, all with the scope that holds the edits of each of them.
+
+        Raises:
+            EditError: Their scopes look at different layers.
+        """
+        updates, edits = list(updates), 0
+        scopes: dict[int, tuple[int, Scope]] = {}  # one that several share is held once
+        for update in updates:
+            if update.scope is not None and id(update.scope) not in scopes:
+                scopes[id(update.scope)] = edits, update.scope
+                edits += len(update.scope)
+        if not scopes:
+            return updates
+        whole = Scope.side_by_side([scope for _, scope in scopes.values()])
+        moves = [partial(_moved, start=scopes.get(id(u.scope), (0,))[0]) for u in updates]
+        return [update._each(move, whole) for update, move in zip(updates, moves, strict=True)]
 
     def __add__(self, other: Update) -> Update:
         return Update.sum((self, other))
 
     def __mul__(self, factor: float) -> Update:
-        return Update({name: layer * factor for name, layer in self.items()})
+        return self._each(lambda layer: layer * factor)
 
     __rmul__ = __mul__
 
@@ -289,8 +354,15 @@ class Update(Mapping[str, LayerUpdate]):
         return float(sum(self[name].inner(other[name]).sum() for name in self if name in other))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Update:
-        """Apply a function to every factor."""
-        return Update({name: layer.map(function) for name, layer in self.items()})
+        """Apply a function to every factor, and to the scope's keys and thresholds."""
+        scope = None if self.scope is None else self.scope.map(function)
+        return self._each(lambda layer: layer.map(function), scope)
+
+    def _each(
+        self, function: Callable[[LayerUpdate], LayerUpdate], scope: Scope | None = None
+    ) -> Update:
+        layers = {name: function(layer) for name, layer in self.items()}
+        return Update(layers, self.scope if scope is None else scope)
 
     def to(self, *args, **kwargs) -> Update:
         """Move or cast every factor, as `torch.Tensor.to` does."""
@@ -310,52 +382,19 @@ class Update(Mapping[str, LayerUpdate]):
 
     def folded(self) -> Update:
         """The same change with every layer's scale 1."""
-        return Update({name: layer.folded() for name, layer in self.items()})
+        return self._each(LayerUpdate.folded)
 
     def tensors(self) -> list[Tensor]:
-        """Every factor, threshold and tensor scale, layer by layer in a fixed order."""
+        """Every factor, threshold and tensor scale, layer by layer in a fixed order; its scope."""
         found: list[Tensor] = []
         self.map(lambda tensor: found.append(tensor) or tensor)
         return found
 
     @property
     def gated(self) -> bool:
-        """Whether some layer has thresholds, so that this is no change of the weights."""
-        return any(layer.threshold is not None for layer in self.values())
+        """Whether some layer has thresholds or owners, so that this is no change of the weights."""
+        return any(layer.gated for layer in self.values())
 
     def numbers(self) -> int:
         """How many numbers the factors hold: `rank * (in + out)` a layer."""
         return sum(layer.A.numel() + layer.B.numel() for layer in self.values())
-
-
-def stack_sequences(updates: Sequence[Update | None]) -> Update:
-    """One update whose leading axis gives each sequence of a batch its own change.
-
-    Args:
-        updates: One unbatched update a sequence, or None for the base model. Ranks may differ:
-            shorter ones are padded with zero terms, which change nothing.
-
-    Raises:
-        EditError: Every entry is None, so that no shapes are known.
-    """
-    names = dict.fromkeys(name for update in updates if update for name in update)
-    if not names:
-        raise EditError("None of the sequences has an update; run the model without an overlay.")
-    stacked = {}
-    for name in names:
-        folded = [
-            update[name].folded() if update and name in update else None for update in updates
-        ]
-        model = next(layer for layer in folded if layer is not None)
-        rank = max(layer.rank for layer in folded if layer is not None)
-        A = model.A.new_zeros(len(updates), rank, model.A.shape[-1])
-        B = model.B.new_zeros(len(updates), rank, model.B.shape[-1])
-        gated = any(layer is not None and layer.threshold is not None for layer in folded)
-        threshold = A.new_zeros(len(updates), rank) if gated else None
-        for row, layer in enumerate(folded):
-            if layer is not None:
-                A[row, : layer.rank], B[row, : layer.rank] = layer.A, layer.B
-                if threshold is not None:
-                    threshold[row, : layer.rank] = layer.thresholds()
-        stacked[name] = LayerUpdate(A, B, threshold=threshold)
-    return Update(stacked)

@@ -147,6 +147,11 @@ class TrainableEditor(nn.Module, ABC):
         return asdict(self.config)
 
     @property
+    def scoped(self) -> bool:
+        """Whether an edit acts only in texts about its subject, which it then asks for."""
+        return False
+
+    @property
     def trains_base(self) -> bool:
         """Whether edits are made over a trained base, other than the original model."""
         return self.original is not self.lm

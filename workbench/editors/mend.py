@@ -8,16 +8,15 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from workbench.cancel import checkpoint
 from workbench.editors.base import TrainableEditor, register
+from workbench.editors.networks import EditorNetwork
 from workbench.editors.proposals import (
     CapturedEdits,
     EditRequest,
     Proposal,
-    capture_edits,
     capture_texts,
     joined,
     missed,
@@ -25,12 +24,14 @@ from workbench.editors.proposals import (
     side_by_side,
     texts_of,
 )
-from workbench.editors.statistics import RunningStatistics
+from workbench.editors.scoping import about, scope_of
 from workbench.errors import EditorError
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
+from workbench.scope import Scope
+from workbench.stacking import each_within
 from workbench.updates import LayerUpdate, Update
 from workbench.views import Trunk
 
@@ -57,6 +58,10 @@ class MendConfig:
         gate: A term of an edit acts only on inputs that match its pseudoactivation well enough:
             beyond a share of its match with the edit's own input, which each layer learns. This
             is where the share starts; 0: no gate (the paper). Gated updates are no LoRA.
+        scope: Rank of the metric by which texts about an edit's subject are known; an edit acts in
+            those alone, from its subject on (`scoping.scope_of`). Decoders only; the metric is
+            learned apart, from texts (`training.scoping`). 0: no scope (the paper).
+        scope_share: How much of the match with an edit's own subject is enough.
         sum_tokens: Edit with the gradient of the whole target's negative log-likelihood, summed
             over its tokens; False: of the mean by token (the published code), by which each token
             of a long target has less.
@@ -79,6 +84,8 @@ class MendConfig:
     ascent: bool = False
     unit_v: bool = False
     gate: float = 0.0
+    scope: int = 0
+    scope_share: float = 0.5
     sum_tokens: bool = False
     rounds: int = 1
     later_strength: float = 0.15
@@ -89,6 +96,10 @@ class MendConfig:
             raise EditorError(f"rank must be at least 1; got {self.rank}.")
         if not 0 <= self.gate < 1:
             raise EditorError(f"gate is a share, 0 (no gate) to below 1; got {self.gate}.")
+        if self.scope < 0:
+            raise EditorError(f"scope is a rank, 0 (no scope) or more; got {self.scope}.")
+        if not 0 < self.scope_share < 1:
+            raise EditorError(f"scope_share lies between 0 and 1; got {self.scope_share}.")
         if self.rounds < 1:
             raise EditorError(f"rounds must be at least 1; got {self.rounds}.")
         if not 0 < self.confidence < 1:
@@ -97,108 +108,6 @@ class MendConfig:
             raise EditorError(
                 f"inputs must be one of {', '.join(get_args(Inputs))}; got {self.inputs!r}."
             )
-
-
-class _ResidualBlock(nn.Module):
-    """`x + clamp(s * (U V x + b) + o, min=0)`, with s and o of each row's layer (equation 4)."""
-
-    def __init__(self, width: int, modes: int, config: MendConfig) -> None:
-        super().__init__()
-        rank = min(config.rank, width)
-        self.identity = config.identity
-        self.U = nn.Parameter(torch.zeros(width, rank))
-        self.V = nn.Parameter(torch.empty(rank, width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.scale = nn.Parameter(torch.ones(modes, width))
-        self.offset = nn.Parameter(torch.zeros(modes, width))
-        if config.unit_v:
-            nn.init.normal_(self.V)
-        else:
-            nn.init.xavier_uniform_(self.V)
-        if not config.identity:
-            nn.init.xavier_uniform_(self.U, gain=nn.init.calculate_gain("relu"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # x: (modes, rows, width). clamp, not relu: its gradient at 0 is 1, so U = 0 can learn.
-        inner = (x @ self.V.T) @ self.U.T + self.bias
-        inner = (inner * self.scale.unsqueeze(1) + self.offset.unsqueeze(1)).clamp(min=0)
-        return x + inner if self.identity else inner
-
-
-class EditorNetwork(nn.Module):
-    """g of one shape: normalises and transforms `(u, delta)` rows of its layers.
-
-    Args:
-        in_features: Width of u.
-        out_features: Width of delta.
-        modes: How many layers it serves.
-        config: The editor's settings.
-    """
-
-    def __init__(self, in_features: int, out_features: int, modes: int, config: MendConfig) -> None:
-        super().__init__()
-        self.widths = (in_features, out_features)
-        self.normalized = config.normalize
-        smaller = "activation" if in_features <= out_features else "delta"
-        self.inputs = smaller if config.inputs == "smaller" else config.inputs
-        seen = {"both": sum(self.widths), "activation": in_features, "delta": out_features}
-        width = seen[self.inputs]
-        self.blocks = nn.Sequential(*(_ResidualBlock(width, modes, config) for _ in range(2)))
-        self.activation_stats = RunningStatistics(in_features)
-        self.delta_stats = RunningStatistics(out_features)
-
-    @property
-    def rows_seen(self) -> int:
-        """Rows that the running statistics have taken in."""
-        return int(self.activation_stats.count)
-
-    def gather(self, activation: Tensor, delta: Tensor, live: Tensor) -> None:
-        """Merge the live rows into the running statistics (training only)."""
-        self.activation_stats.merge(activation[live])
-        self.delta_stats.merge(delta[live])
-
-    def forward(self, activation: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """`(modes, rows, in)` and `(modes, rows, out)` -> pseudoactivations and pseudodeltas."""
-        if self.normalized:
-            if self.rows_seen < 2:
-                raise EditorError(
-                    "This editor has no running statistics yet: it was never trained. Train it "
-                    "(python -m workbench train), open a trained one, or use editor='ft'."
-                )
-            activation = self.activation_stats.normalize(activation)
-            delta = self.delta_stats.normalize(delta)
-        if self.inputs == "activation":
-            return self.blocks(activation), delta
-        if self.inputs == "delta":
-            return activation, self.blocks(delta)
-        joint = self.blocks(torch.cat((activation, delta), -1))
-        return tuple(joint.split(self.widths, -1))  # type: ignore[return-value]
-
-    def transform(self, parts: Sequence[Factors], gather: bool) -> list[Factors]:
-        """Pseudofactors of each layer, in the layers' order; see `Mend.transform`."""
-        # An encoder and a decoder read different numbers of tokens: zero rows fill up. The layers
-        # of a split model lie on several devices.
-        device = self.activation_stats.mean.device
-        activation, delta = (
-            pad_sequence([rows.flatten(0, 1).to(device) for rows in side], True).float()
-            for side in ([p.activation for p in parts], [p.delta for p in parts])
-        )
-        live = Factors(activation, delta).live()
-        if gather:
-            self.gather(activation, delta, live)
-        # A token without gradient in any of the layers need not pass the network.
-        kept = live.any(0).nonzero().squeeze(1)
-        mask = live[:, kept].unsqueeze(-1)
-        found = []
-        pseudo = [rows * mask for rows in self(activation[:, kept], delta[:, kept])]
-        for mode, part in enumerate(parts):
-            shape = part.activation.shape[:2]
-            whole = (
-                rows.new_zeros(live.shape[1], rows.shape[-1]).index_copy(0, kept, rows[mode])
-                for rows in pseudo
-            )
-            found.append(Factors(*(w[: shape.numel()].unflatten(0, shape) for w in whole)))
-        return found
 
 
 @register
@@ -234,6 +143,15 @@ class Mend(TrainableEditor):
         if self.config.gate:
             shares = torch.full((len(self.layers),), self.config.gate)
             self.gate_logits = nn.Parameter(shares.logit())
+        if self.config.scope:
+            if lm.kind != "causal":
+                raise EditorError(
+                    f"A scope follows a text from its subject on, as decoders read; {lm.source} is "
+                    f"a {lm.kind} model. Leave scope out."
+                )
+            self.register_buffer(
+                "scope_metric", torch.zeros(self.config.scope, self.layers[0].in_features)
+            )
         self._settle()
 
     @property
@@ -241,6 +159,10 @@ class Mend(TrainableEditor):
         """Whether every network has gathered the statistics that its inputs are normalised by."""
         found = (n for n in self.networks.children() if isinstance(n, EditorNetwork))
         return all(network.rows_seen > 1 for network in found)
+
+    @property
+    def scoped(self) -> bool:
+        return self.config.scope > 0
 
     @property
     def sign(self) -> float:
@@ -291,9 +213,11 @@ class Mend(TrainableEditor):
         return Update(made)
 
     def edit_batch(self, edits: CapturedEdits, *, gather: bool = False) -> Update:
-        """`update` of what `transform` gives."""
+        """`update` of what `transform` gives; each edit with its scope, where there are any."""
         factors = self._factors(edits)
-        return self.update(self.transform(factors, gather=gather), factors)
+        update = self.update(self.transform(factors, gather=gather), factors)
+        scope = self._scope(edits)
+        return update if scope is None else each_within(update, scope)
 
     def _factors(self, edits: CapturedEdits) -> Mapping[str, Factors]:
         """Factors of the loss that this editor edits with."""
@@ -326,10 +250,15 @@ class Mend(TrainableEditor):
         """
         lm, layers = self.lm, self.layers
         strength, confidence = self.config.later_strength, self.config.confidence
-        if self.config.rounds == 1:
-            return self._proposal(capture_edits(lm, layers, requests))
         texts, run = texts_of(lm, requests), resumed(lm, self._trunk)
-        proposals = [self._proposal(capture_texts(lm, layers, texts, run))]
+        if self.scoped:
+            pairs = zip(texts, requests, strict=True)
+            texts = tuple(about(lm, text, r.prompt, r.subject) for text, r in pairs)
+        edits = capture_texts(lm, layers, texts, run)
+        scope = self._scope(edits)
+        proposals = [self._proposal(edits, scope)]
+        if self.config.rounds == 1:
+            return proposals[0]
         update = proposals[0].update
         with overlay(lm.model, update):
             left, loss = missed(lm, texts, run, confidence)
@@ -341,7 +270,8 @@ class Mend(TrainableEditor):
             if captured is None:
                 with overlay(lm.model, update):
                     captured = capture_texts(lm, layers, left, run)
-            proposal = self._proposal(captured, strength)
+            rows = [texts.index(text) for text in captured.tokens]
+            proposal = self._proposal(captured, scope, rows, strength)
             more = update + proposal.update
             with overlay(lm.model, more):
                 still, after = missed(lm, texts, run, confidence)
@@ -356,7 +286,20 @@ class Mend(TrainableEditor):
     def _trunk(self) -> Trunk:
         return Trunk(self.lm, self.layers)
 
-    def _proposal(self, edits: CapturedEdits, strength: float = 1.0) -> Proposal:
+    def _scope(self, edits: CapturedEdits) -> Scope | None:
+        if not self.scoped:
+            return None
+        layer, metric = self.layers[0], self.get_buffer("scope_metric")
+        inputs = edits.factors[layer.name].activation.to(metric)
+        return scope_of(self.lm, layer, metric, self.config.scope_share, edits.tokens, inputs)
+
+    def _proposal(
+        self,
+        edits: CapturedEdits,
+        scope: Scope | None,
+        rows: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> Proposal:
         factors = self._factors(edits)
         pseudofactors = self.transform(factors)
         if strength != 1:
@@ -364,7 +307,7 @@ class Mend(TrainableEditor):
                 name: Factors(p.activation, p.delta * strength) for name, p in pseudofactors.items()
             }
         live = {name: sides.live() for name, sides in factors.items()}
-        update = side_by_side(self.update(pseudofactors, factors), live)
+        update = side_by_side(self.update(pseudofactors, factors), live, scope, rows)
         lrs = dict(zip(update, self.edit_lrs.tolist(), strict=True))
         shares = () if self.gate_logits is None else self.gate_logits.sigmoid().tolist()
         gates = dict(zip(update, shares, strict=False))
@@ -375,19 +318,22 @@ class Mend(TrainableEditor):
 
         Args:
             settings: Of those that leave the networks' shapes alone: `rounds`, `later_strength`
-                and `confidence`; `gate`, where there is none yet; `sum_tokens`, which makes it
-                gather its running statistics anew.
+                and `confidence`; `scope_share`; `scope`, to none or where there is none yet, and
+                so `gate`; `sum_tokens`, which makes it gather its running statistics anew.
 
         Raises:
             EditorError: Another setting is to change.
         """
         new = {k: v for k, v in settings.items() if getattr(self.config, k) != v}
-        free = {"gate", "sum_tokens", "rounds", "later_strength", "confidence"}
-        if new.keys() - free or ("gate" in new and self.config.gate):
+        free = {"gate", "scope", "scope_share", "sum_tokens"}
+        free |= {"rounds", "later_strength", "confidence"}
+        another = self.config.scope and new.get("scope")
+        if new.keys() - free or another or ("gate" in new and self.config.gate):
             raise EditorError(
                 f"An editor that was trained cannot go on with {new}: of its settings only "
-                f"sum_tokens, rounds, later_strength and confidence can change, and a gate be "
-                f"added. Leave the others out, or train a new editor."
+                f"sum_tokens, rounds, later_strength, confidence and scope_share can change, a "
+                f"gate or a scope be added, and a scope dropped. Leave the others out, or train a "
+                f"new editor."
             )
         twin = Mend(self.lm, replace(self.config, **new))
         twin.load_state_dict(self.state_dict(), strict=False)

@@ -24,6 +24,7 @@ from workbench.errors import EditError
 from workbench.factors import Factors, capture
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
+from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
 from workbench.views import Trunk, TrunkCache, target_logits
 
@@ -35,8 +36,8 @@ class EditRequest:
     Args:
         prompt: What it reads.
         target: What it should say next.
-        subject: What the prompt is about, a part of it; for ROME, which guesses it where it is
-            None. Other editors do not look at it.
+        subject: What the prompt is about, a part of it; for ROME and for edits with a scope, whose
+            editors guess it where it is None. Others do not look at it.
     """
 
     prompt: str
@@ -164,19 +165,31 @@ def gradient_factors(
     return edits.tokens, dict(edits.factors)
 
 
-def side_by_side(batched: Update, kept: Mapping[str, Tensor]) -> Update:
+def side_by_side(
+    batched: Update,
+    kept: Mapping[str, Tensor],
+    scope: Scope | None = None,
+    rows: Sequence[int] | None = None,
+) -> Update:
     """One update that carries out a whole batch of edits: all their terms (section 3.1).
 
     Args:
         batched: One change a sequence, `(batch, rank, width)`.
         kept: Layer name -> the terms to keep, `(batch, rank)` bool; those of padding go.
+        scope: Where in a text the edits act; None: everywhere.
+        rows: Which edit of the scope each sequence is; None: those in order.
     """
     made = {}
     for name, layer in batched.items():
         live = kept[name].to(layer.A.device)
         threshold = None if layer.threshold is None else layer.threshold[live]
-        made[name] = LayerUpdate(layer.A[live], layer.B[live], float(layer.scale), threshold)
-    return Update(made)
+        owners = None
+        if scope is not None:
+            edits = torch.tensor(rows or range(len(live)), device=live.device)
+            owners = edits.unsqueeze(1).expand_as(live)[live]
+        scale = float(layer.scale)
+        made[name] = LayerUpdate(layer.A[live], layer.B[live], scale, threshold, owners)
+    return Update(made, scope)
 
 
 @torch.no_grad()

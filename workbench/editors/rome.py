@@ -26,6 +26,7 @@ from workbench.encoding import (
     collate,
     encode,
     sequence_nll,
+    span_of,
     tokenize,
     tokenize_text,
 )
@@ -146,7 +147,7 @@ class Rome:
         texts = [tokenize(lm, prompt, request.target) for prompt in prompts]
         texts.append(Tokens(tuple(encode(lm, as_read(lm, essence))["input_ids"]), (0,)))
         batch = collate(lm, texts)
-        columns = [_subject_end(lm, text, subject) for text in (*prompts, essence)]
+        columns = [span_of(lm, text, subject)[1] for text in (*prompts, essence)]
         inputs = self._inputs(batch)
         places = torch.zeros(*inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         places[range(len(texts)), columns] = True
@@ -282,14 +283,6 @@ def find_subject(request: EditRequest) -> str:
     later = [run for run in named if " " in run or not request.prompt.startswith(run)]
     last = words[-1][0] if words else request.prompt.strip()
     return max(later or named, key=len, default=last)
-
-
-def _subject_end(lm: LanguageModel, text: str, subject: str) -> int:
-    """The place of the subject's last token."""
-    read, text = as_read(lm, text), text.strip()  # as a chat template would
-    end = read.rindex(text) + text.rindex(subject) + len(subject)
-    spans = encode(lm, read, return_offsets_mapping=True)["offset_mapping"]
-    return max(i for i, (start, stop) in enumerate(spans) if start < end and start < stop)
 
 
 def _down_projection(lm: LanguageModel, block: int | None) -> EditableLayer:

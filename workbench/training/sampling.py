@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
+from workbench.editors.scoping import about
 from workbench.encoding import Tokens, first_token, tokenize, tokenize_text
 from workbench.errors import EditError, EditorError
 from workbench.models import LanguageModel
@@ -23,6 +24,7 @@ class TextSampler:
         examples: Training examples.
         texts: Unrelated texts.
         config: How many of each.
+        scoped: Whether the editor asks where an edit's subject stands.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class TextSampler:
         examples: Sequence[EditExample],
         texts: Sequence[str],
         config: TrainingConfig,
+        scoped: bool = False,
     ) -> None:
         if not examples:
             raise EditorError("There are no training examples. Check the data's path and split.")
         self._lm, self._examples, self._texts, self._config = lm, examples, texts, config
+        self._scoped = scoped
         self._crossing = Crossing(examples) if config.crossed else None
 
     def batch(self, step: int) -> list[EditTexts]:
@@ -78,8 +82,9 @@ class TextSampler:
             elif self._texts:
                 text = chooser.choice(self._texts)
                 locality.append(tokenize_text(lm, text, config.text_tokens))
+        edit = tokenize(lm, example.prompt, example.target)
         return EditTexts(
-            tokenize(lm, example.prompt, example.target),
+            about(lm, edit, example.prompt, example.subject) if self._scoped else edit,
             tuple(tokenize(lm, w, example.target) for w in wordings[: config.equivalents]),
             tuple(locality),
             at_risk,

@@ -26,6 +26,7 @@ from workbench.encoding import (
 )
 from workbench.factors import Factors, capture
 from workbench.overlay import overlay
+from workbench.stacking import of_sequences
 from workbench.training.config import TrainingConfig
 from workbench.updates import Update
 from workbench.views import Trunk, TrunkCache
@@ -265,9 +266,8 @@ class MetaStep:
         self, batch: Batch, hidden: Tensor | None, leaves: Update, owners: Tensor
     ) -> Tensor:
         """Logits at the targets, each text under the edits that own it."""
-        owners = owners.to(self.lm.device)
         single = all(len(tensor) == 1 for tensor in leaves.tensors())
-        mine = leaves.map(lambda t: t[0] if single else t[owners.to(t.device)])
+        mine = of_sequences(leaves, 0 if single else owners)
         again = partial(overlay, self.lm.model, mine)
         with again():
             return self.trunk.logits(batch, hidden, again)

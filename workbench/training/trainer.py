@@ -96,8 +96,13 @@ class Trainer:
                 f"takes {config.at_once} edits (at_once) or more. Give a batch of at least "
                 f"{config.at_once * parallel.count()}, or start fewer processes."
             )
+        if editor.scoped and config.at_once > 1:
+            raise EditorError(
+                f"at_once is {config.at_once}, but an editor with a scope is trained on edits that "
+                f"live alone. Leave at_once out, or train without a scope."
+            )
         self.editor, self.config, self.folder = editor, config, Path(folder)
-        self.sampler = TextSampler(editor.lm, examples, texts, config)
+        self.sampler = TextSampler(editor.lm, examples, texts, config, editor.scoped)
         self.meta = MetaStep(editor, config)
         chooser = random.Random(config.seed)
         self._looks = [self.sampler.texts(e, chooser) for e in validation[: config.validation]]

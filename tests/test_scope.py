@@ -1,0 +1,474 @@
+"""An edit with a scope acts from the token on that names its subject, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import PAD, batch_for, language_model
+from references import assert_exact, editable, in_double, logits_of, random_update
+from torch import Tensor, nn
+
+from workbench import EditError, EditorError, LanguageModel, Workbench
+from workbench.adapters import export_peft
+from workbench.editors import EditRequest, Mend, MendConfig
+from workbench.editors.proposals import capture_texts
+from workbench.editors.scoping import about, scope_of, subject_in
+from workbench.encoding import tokenize
+from workbench.overlay import overlay
+from workbench.scope import Scope
+from workbench.stacking import each_within, of_sequences, stack_sequences
+from workbench.updates import LayerUpdate, Update
+from workbench.views import target_logits
+
+DECODERS = ["llama", "gpt2"]
+NAMED = 3  # the token that the scopes below know
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return in_double(language_model(request.param))
+
+
+def lowest(lm: LanguageModel) -> str:
+    return editable(lm)[0].name
+
+
+def inputs_of(lm: LanguageModel, ids: Tensor) -> Tensor:
+    """What the lowest edited layer reads of a text, `(tokens, in)`."""
+    seen: list[Tensor] = []
+    module = lm.model.get_submodule(lowest(lm))
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    logits_of(lm.model, {"input_ids": ids[None]})
+    handle.remove()
+    return seen[0]
+
+
+def scope_at(lm: LanguageModel, ids: Tensor, place: int = NAMED, opening: int = -1) -> Scope:
+    """A scope that this text reaches at one place, and others practically not at all."""
+    key = inputs_of(lm, ids)[place]
+    return Scope(
+        lowest(lm),
+        (key / key.square().sum())[None],
+        torch.full((1,), 1 - 1e-6, dtype=key.dtype),
+        torch.tensor([opening]),
+    )
+
+
+def within(update: Update, scope: Scope, edit: int = 0) -> Update:
+    owners = {name: torch.full((layer.rank,), edit) for name, layer in update.items()}
+    return Update({n: replace(layer, owners=owners[n]) for n, layer in update.items()}, scope)
+
+
+def scoped(lm: LanguageModel, ids: Tensor, seed: int = 0, **options: int) -> Update:
+    update = random_update(editable(lm), seed, dtype=torch.float64) * 4
+    return within(update, scope_at(lm, ids, **options))
+
+
+def under(lm: LanguageModel, update: Update | None, ids: Tensor, **inputs: Any) -> Tensor:
+    with overlay(lm.model, update):
+        return logits_of(lm.model, {"input_ids": ids, **inputs})
+
+
+def by_hand(lm: LanguageModel, update: Update, ids: Tensor, starts: list[int | None]) -> Tensor:
+    """The dense change, added to each row's outputs from a given token on."""
+    acts = torch.zeros(ids.shape, dtype=torch.float64)
+    for row, start in enumerate(starts):
+        if start is not None:
+            acts[row, start:] = 1
+    handles = []
+    for name, layer in update.items():
+
+        def hook(
+            module: nn.Module, args: tuple[Tensor, ...], output: Tensor, change: Tensor
+        ) -> Tensor:
+            return output + acts[..., None] * (args[0] @ change.mT)
+
+        change = layer.scale * (layer.B.mT @ layer.A)
+        module = lm.model.get_submodule(name)
+        handles.append(
+            module.register_forward_hook(
+                lambda m, a, o, change=change, hook=hook: hook(m, a, o, change)
+            )
+        )
+    found = logits_of(lm.model, {"input_ids": ids})
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def texts(lm: LanguageModel) -> Tensor:
+    """Three texts; the second has the first four tokens of the first, and the third none."""
+    ids = batch_for(lm.model, 3, 8)["input_ids"].clone()
+    ids[ids == PAD] = 7
+    ids[1, :4] = ids[0, :4]
+    return ids
+
+
+# --- where an edit acts ----------------------------------------------------------------------
+
+
+def test_an_edit_acts_from_its_subject_on(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0])
+    found = under(lm, update, ids)
+    base = logits_of(lm.model, {"input_ids": ids})
+    assert torch.equal(found[:2, :NAMED], base[:2, :NAMED])
+    assert torch.equal(found[2], base[2])
+    assert not torch.allclose(found[:2, NAMED:], base[:2, NAMED:], atol=1e-3)
+    assert_exact(found, by_hand(lm, update, ids, [NAMED, NAMED, None]))
+
+
+def test_a_texts_first_token_is_told_by_its_id(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    opening = int(ids[2, 0])
+    assert opening not in ids[:2, 0]
+    update = scoped(lm, ids[0], opening=opening)
+    assert_exact(under(lm, update, ids), by_hand(lm, update, ids, [NAMED, NAMED, 0]))
+    # What the first token holds in the layer does not decide.
+    first = scoped(lm, ids[0], place=0)
+    assert torch.equal(under(lm, first, ids), logits_of(lm.model, {"input_ids": ids}))
+    # Filling before a text is not its first token, and reaches nothing.
+    filled = torch.cat([torch.full((3, 2), opening), ids], 1)
+    mask = torch.ones_like(filled)
+    mask[:, :2] = 0
+    places = mask.cumsum(1).sub(1).clamp(min=0)
+    found = under(lm, update, filled, attention_mask=mask, position_ids=places)
+    torch.testing.assert_close(found[:, 2:], under(lm, update, ids))
+
+
+def test_an_edit_without_a_threshold_acts_everywhere(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0])
+    assert update.scope is not None
+    always = replace(update.scope, thresholds=torch.full((1,), -torch.inf))
+    free = within(update, always)
+    assert_exact(under(lm, free, ids), by_hand(lm, update, ids, [0, 0, 0]))
+
+
+# --- in pieces -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [(4,), (2, 3, 4, 6), (1, 2, 3, 4, 5, 6, 7)], ids=str)
+def test_a_text_read_in_pieces_is_in_scope_as_when_read_at_once(
+    lm: LanguageModel, cuts: tuple[int, ...]
+) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0], opening=int(ids[2, 0]))
+    whole, cache, found = under(lm, update, ids), None, []
+    with overlay(lm.model, update), torch.no_grad():
+        for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
+            output = lm.model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+    assert_exact(torch.cat(found, 1), whole)
+
+
+def test_what_is_cut_from_a_cache_is_out_of_scope_again(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0])
+    with overlay(lm.model, update), torch.no_grad():
+        cache = lm.model(input_ids=ids[:1], use_cache=True).past_key_values
+        cache.crop(NAMED - ids.shape[1])
+        rest = lm.model(input_ids=ids[2:, NAMED:], past_key_values=cache).logits
+    other = torch.cat([ids[:1, :NAMED], ids[2:, NAMED:]], 1)
+    assert_exact(rest, logits_of(lm.model, {"input_ids": other})[:, NAMED:])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_a_cache_is_that_without(lm: LanguageModel, beams: int) -> None:
+    ids = texts(lm)[:, :6]
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    options |= {"eos_token_id": None, "pad_token_id": PAD, "attention_mask": torch.ones_like(ids)}
+    model: Any = lm.model
+    # Reached by what some beam writes, not by the prompts.
+    written = model.generate(ids, **options)
+    update = scoped(lm, written[0], place=7)
+    with overlay(model, update):
+        found = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], written)
+
+
+def test_beams_take_what_they_have_reached_along(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0])
+    order = torch.tensor([2, 0, 0])
+    with overlay(lm.model, update), torch.no_grad():
+        cache = lm.model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        cache.reorder_cache(order)
+        found = lm.model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    joined = torch.cat([ids[order, :5], ids[:, 5:]], 1)
+    assert_exact(found, under(lm, update, joined)[:, 5:])
+
+
+# --- the algebra -----------------------------------------------------------------------------
+
+
+def test_each_edit_of_a_sum_keeps_its_own_scope(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    first, other = scoped(lm, ids[0]), scoped(lm, ids[2], 1, place=5)
+    everywhere = random_update(editable(lm), 2, dtype=torch.float64)
+    total = first * 0.5 + everywhere + other
+    assert total.scope is not None
+    assert len(total.scope) == 2
+    found = under(lm, total, ids)
+    for row, parts in enumerate((first * 0.5, first * 0.5, other)):
+        with overlay(lm.model, everywhere):
+            assert_exact(found[row], under(lm, parts, ids[row : row + 1])[0])
+
+
+def test_a_scope_that_several_share_is_held_once(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0])
+    twice = update + update * -0.5
+    assert twice.scope is update.scope
+    assert_exact(under(lm, twice, ids), under(lm, update * 0.5, ids))
+
+
+def test_scopes_that_look_at_different_layers_do_not_add_up(lm: LanguageModel) -> None:
+    update = scoped(lm, texts(lm)[0])
+    assert update.scope is not None
+    other = Update(update.layers, replace(update.scope, layer=editable(lm)[1].name))
+    with pytest.raises(EditError, match="different layers cannot live together"):
+        update + other
+
+
+def test_a_batch_gives_each_sequence_its_own_scope(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    updates = [scoped(lm, ids[0]), None, scoped(lm, ids[2], 1) + scoped(lm, ids[2], 2, place=5)]
+    stacked = stack_sequences(updates)
+    found = under(lm, stacked, ids)
+    alone = [under(lm, u, ids[row : row + 1])[0] for row, u in enumerate(updates)]
+    assert_exact(found, torch.stack(alone))
+    assert_exact(under(lm, of_sequences(stacked, 2), ids[2:])[0], alone[2])
+    order = torch.tensor([2, 0, 2])
+    assert_exact(under(lm, of_sequences(stacked, order), ids[order]), found[order])
+
+
+def test_edits_of_a_batch_are_each_put_within_their_own_scope(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    batch = random_update(editable(lm), batch=3, dtype=torch.float64) * 4
+    scope = Scope.side_by_side([scope_at(lm, row) for row in ids])
+    found = under(lm, each_within(batch, scope), ids)
+    assert_exact(found, by_hand(lm, batch, ids, [NAMED] * 3))
+
+
+def test_what_is_in_scope_is_no_change_of_the_weights(lm: LanguageModel, tmp_path: Path) -> None:
+    update = scoped(lm, texts(lm)[0])
+    assert update.gated
+    assert update.folded().scope is update.scope
+    assert len(update.tensors()) == 2 * len(update) + 2
+    with pytest.raises(EditError, match="cannot be compressed"):
+        update.compress(1)
+    with pytest.raises(EditError, match="acts only where"):
+        export_peft(update, lm, tmp_path)
+
+
+def test_parts_of_other_shapes_are_refused() -> None:
+    with pytest.raises(EditError, match="threshold and an opening for each key"):
+        Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2))
+    with pytest.raises(EditError, match=r"one owner a term, \(2,\); got \(1,\)"):
+        LayerUpdate(torch.ones(2, 3), torch.ones(2, 3), owners=torch.zeros(1, dtype=torch.long))
+
+
+def test_tokens_of_all_sequences_in_one_axis_are_refused() -> None:
+    moe = in_double(language_model("qwen2_moe"))
+    layer = next(layer for layer in editable(moe) if "shared_expert" in layer.name)
+    key = torch.ones(1, layer.in_features, dtype=torch.float64)
+    scope = Scope(layer.name, key, torch.ones(1), torch.tensor([-1]))
+    update = within(random_update([layer], dtype=torch.float64), scope)
+    with pytest.raises(EditError, match="mixtures of experts"):
+        under(moe, update, batch_for(moe.model)["input_ids"])
+
+
+# --- MEND ------------------------------------------------------------------------------------
+
+ASKED = EditRequest("The capital of France is", "Lyon")
+
+
+def mend(family: str = "llama", **settings: Any) -> Mend:
+    """A scoped editor, its statistics gathered; the metric tells tokens apart."""
+    lm = language_model(family)
+    editor = Mend(lm, MendConfig(blocks=[1, 2], rank=4, edit_lr=0.5, scope=16, **settings))
+    generator = torch.Generator().manual_seed(0)
+    metric = editor.get_buffer("scope_metric")
+    metric.copy_(torch.randn(metric.shape, generator=generator))
+    for network in editor.networks.children():
+        for statistics in (network.activation_stats, network.delta_stats):
+            statistics.merge(torch.randn(9, len(statistics.mean), generator=generator))
+    return editor.eval()
+
+
+def reached(lm: LanguageModel, update: Update, prompt: str) -> list[bool]:
+    """Where a text is in scope, token by token, by the definition."""
+    assert update.scope is not None
+    ids = torch.tensor(lm.tokenizer(prompt)["input_ids"])
+    seen: list[Tensor] = []
+    module = lm.model.get_submodule(update.scope.layer)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    logits_of(lm.model, {"input_ids": ids[None]})
+    handle.remove()
+    matched = (seen[0] @ update.scope.keys[0] >= update.scope.thresholds[0]).tolist()
+    matched[0] = int(ids[0]) == int(update.scope.openings[0])
+    return [any(matched[: place + 1]) for place in range(len(ids))]
+
+
+def test_an_edits_own_text_is_in_scope_from_its_subject_on() -> None:
+    editor = mend()
+    proposal = editor.propose([ASKED])
+    lm, update = editor.lm, proposal.update
+    assert update.scope is not None
+    assert update.scope.layer == editor.layers[0].name
+    begin = ASKED.prompt.index("France") + len("France") - 1  # one token a letter
+    assert reached(lm, update, ASKED.prompt)[begin]
+    key, metric = inputs_of_prompt(lm, update.scope.layer)[begin], editor.get_buffer("scope_metric")
+    torch.testing.assert_close(update.scope.keys[0], metric.T @ (metric @ key))
+    torch.testing.assert_close(update.scope.thresholds[0], 0.5 * (metric @ key).square().sum())
+
+
+def inputs_of_prompt(lm: LanguageModel, layer: str) -> Tensor:
+    seen: list[Tensor] = []
+    handle = lm.model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][0])
+    )
+    logits_of(lm.model, {"input_ids": torch.tensor([lm.tokenizer(ASKED.prompt)["input_ids"]])})
+    handle.remove()
+    return seen[0]
+
+
+def test_rounds_edit_within_one_scope() -> None:
+    editor = mend(rounds=4, confidence=0.99, normalize=False)
+    with torch.no_grad():
+        editor.edit_lrs.fill_(0.05)
+    requests = [ASKED, EditRequest("The mother tongue of Ada is", "Thai")]
+    proposal = editor.propose(requests)
+    assert proposal.update.scope is not None
+    assert len(proposal.update.scope) == 2
+    assert len(proposal.tokens) > 2
+    owners = torch.cat([layer.owner_of_each() for layer in proposal.update.values()])
+    assert owners.unique().tolist() == [0, 1]
+    for place, request in enumerate(requests):
+        alone = editor.changed(rounds=1).propose([request]).update.scope
+        assert alone is not None
+        torch.testing.assert_close(proposal.update.scope.keys[place], alone.keys[0])
+
+
+def test_a_batch_of_edits_has_the_scopes_of_each_alone() -> None:
+    editor = mend()
+    asked = [ASKED, EditRequest("Ada lives in", "Rome")]
+    texts = [about(editor.lm, tokenize(editor.lm, r.prompt, r.target), r.prompt) for r in asked]
+    edits = capture_texts(
+        editor.lm, editor.layers, texts, lambda _, batch: target_logits(editor.lm, batch)
+    )
+    made = editor.edit_batch(edits)
+    for row, request in enumerate(asked):
+        alone = editor.propose([request]).update
+        assert alone.scope is not None
+        mine = of_sequences(made, row)
+        assert mine.scope is not None
+        torch.testing.assert_close(mine.scope.keys, alone.scope.keys)
+        ids = torch.tensor([editor.lm.tokenizer(request.prompt)["input_ids"]])
+        torch.testing.assert_close(under(editor.lm, mine, ids), under(editor.lm, alone, ids))
+
+
+def test_without_its_scope_an_editor_is_what_it_was() -> None:
+    editor = mend()
+    free = editor.changed(scope=0)
+    update = free.propose([ASKED]).update
+    assert (update.scope, update.gated) == (None, False)
+    again = free.changed(scope=16)
+    assert torch.equal(again.get_buffer("scope_metric"), torch.zeros(16, 32))
+    # A metric that has learned nothing tells nothing apart: the edit acts everywhere.
+    ids = torch.tensor([editor.lm.tokenizer("Bees make")["input_ids"]])
+    assert torch.equal(
+        under(editor.lm, again.propose([ASKED]).update, ids), under(editor.lm, update, ids)
+    )
+    with pytest.raises(EditorError, match="a scope dropped"):
+        editor.changed(scope=8)
+
+
+@pytest.mark.parametrize("setting", [{"scope": -1}, {"scope_share": 0.0}, {"scope_share": 1.0}])
+def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(EditorError, match=next(iter(setting))):
+        MendConfig(**setting)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_a_scope_wants_a_decoder(family: str) -> None:
+    with pytest.raises(EditorError, match="as decoders read"):
+        Mend(language_model(family), MendConfig(rank=4, scope=4))
+
+
+def test_an_edit_whose_subject_is_not_told_acts_everywhere() -> None:
+    editor = mend()
+    assert subject_in("what do they eat?") is None
+    update = editor.propose([EditRequest("what do they eat?", "Rome")]).update
+    assert update.scope is not None
+    assert update.scope.thresholds.tolist() == [-torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "found"),
+    [
+        ("The capital of France is", None, "France"),
+        ("the capital of france is", "France", "france"),
+        ("Ada Lovelace's mother tongue is", None, "Ada Lovelace"),
+        ("What is John Poynting\u2019s field?", None, "John Poynting"),
+        ("The capital of France is", "Spain", "France"),
+        ("bees make", "bees", "bees"),
+        ("bees make", None, None),
+    ],
+)
+def test_what_a_prompt_is_about(prompt: str, given: str | None, found: str | None) -> None:
+    assert subject_in(prompt, given) == found
+
+
+def test_a_subject_that_opens_its_text_is_known_by_its_token() -> None:
+    """Of one token alone: what stands first in a text holds nothing to be known by."""
+    lm = language_model("llama")
+    layer = lm.layers([1])[0]
+    metric = torch.eye(layer.in_features)
+    texts = [about(lm, tokenize(lm, prompt, "x"), prompt, "b") for prompt in ("b is", "Is b")]
+    assert [text.subject for text in texts] == [(0, 0), (3, 3)]
+    inputs = torch.zeros(2, 8, layer.in_features)
+    scope = scope_of(lm, layer, metric, 0.5, texts, inputs)
+    assert scope.openings.tolist() == [texts[0].ids[0], lm.tokenizer("B")["input_ids"][0]]
+    # The first key is what the layer reads of the subject within another text, not of its own.
+    assert scope.keys[0].abs().sum() > 0
+    assert scope.thresholds[0] > 0
+
+
+# --- people's edits --------------------------------------------------------------------------
+
+
+def test_a_session_brings_scopes_back(tmp_path: Path) -> None:
+    bench = Workbench(mend().lm, mend())
+    bench.edit(ASKED.prompt, ASKED.target)
+    bench.edit("Ada lives in", "Rome")
+    bench.save(tmp_path)
+    again = Workbench.load(tmp_path, workbench=Workbench(bench.lm, bench.editor))
+    one, other = bench.update.scope, again.update.scope
+    assert one is not None
+    assert other is not None
+    for part in ("layer", "keys", "thresholds", "openings"):
+        assert str(getattr(one, part)) == str(getattr(other, part))
+    for name, layer in bench.update.items():
+        assert torch.equal(layer.owner_of_each(), again.update[name].owner_of_each())
+    bench.undo()
+    assert bench.update.scope is not None
+    assert len(bench.update.scope) == 1
+
+
+def test_edits_within_scopes_are_undone_to_the_bit() -> None:
+    editor = mend()
+    bench = Workbench(editor.lm, editor)
+    ids = torch.tensor([bench.lm.tokenizer(ASKED.prompt)["input_ids"]])
+    base = logits_of(bench.lm.model, {"input_ids": ids})
+    bench.edit(ASKED.prompt, ASKED.target)
+    assert not torch.equal(under(bench.lm, bench.update, ids), base)
+    bench.undo()
+    assert torch.equal(under(bench.lm, bench.update, ids), base)
