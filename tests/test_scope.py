@@ -10,17 +10,23 @@ import pytest
 import torch
 from families import PAD, batch_for, language_model
 from references import assert_exact, editable, in_double, logits_of, random_update
+from runs import TEXTS, editor_for, edits_for, examples
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from workbench import EditError, EditorError, LanguageModel, Workbench
 from workbench.adapters import export_peft
+from workbench.aggregate import inputs_under, ridge
+from workbench.data import EditExample
 from workbench.editors import EditRequest, Mend, MendConfig
 from workbench.editors.proposals import capture_texts
 from workbench.editors.scoping import about, scope_of, subject_in
-from workbench.encoding import tokenize
+from workbench.encoding import Tokens, collate, tokenize
+from workbench.factors import capture
 from workbench.overlay import overlay
 from workbench.scope import Scope
 from workbench.stacking import each_within, of_sequences, stack_sequences
+from workbench.training import MetaStep, TextSampler, Trainer, TrainingConfig
 from workbench.updates import LayerUpdate, Update
 from workbench.views import target_logits
 
@@ -472,3 +478,85 @@ def test_edits_within_scopes_are_undone_to_the_bit() -> None:
     assert not torch.equal(under(bench.lm, bench.update, ids), base)
     bench.undo()
     assert torch.equal(under(bench.lm, bench.update, ids), base)
+
+
+# --- training, and many at once --------------------------------------------------------------
+
+
+def test_a_training_step_within_scopes_equals_the_undivided_one() -> None:
+    editor = editor_for("llama", gate=0.3, edit_lr=0.1, scope=16)
+    lm, layer, metric = editor.lm, editor.layers[0], editor.get_buffer("scope_metric")
+    metric.copy_(torch.randn(metric.shape, generator=torch.Generator().manual_seed(0)))
+    edits = [replace(e, edit=replace(e.edit, subject=(0, 3))) for e in edits_for(lm)]
+    config = TrainingConfig(c_edit=0.3, c_locality=2.0)
+    MetaStep(editor.train(), config).losses(edits, backward=False)
+    editor.eval()
+
+    def logits(text: Tokens) -> Tensor:
+        batch = collate(lm, [text])
+        return lm.model(**batch.inputs).logits[batch.rows, batch.columns]
+
+    nll, kept = [], []
+    for edit in edits:
+        with capture(editor.layers) as tap:
+            loss = cross_entropy(logits(edit.edit), torch.tensor(edit.edit.targets))
+            factors = tap.factors(loss)
+        update = editor.update(editor.transform(factors), factors)
+        read = factors[layer.name].activation
+        scope = scope_of(lm, layer, metric, 0.5, [edit.edit], read)
+        with overlay(lm.model, each_within(update, scope)):
+            nll += [cross_entropy(logits(t), torch.tensor(t.targets)) for t in edit.equivalents]
+            changed = [logits(text).log_softmax(-1) for text in edit.locality]
+        base = [logits(text).log_softmax(-1) for text in edit.locality]
+        kept += [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(base, changed, strict=True)]
+    total = 0.3 * torch.stack(nll).mean() + 2 * torch.stack(kept).mean()
+    wanted = torch.autograd.grad(total, list(editor.parameters()))
+    losses = MetaStep(editor, config).losses(edits)
+    assert losses.total == pytest.approx(total.item(), rel=1e-5)
+    for parameter, slope in zip(editor.parameters(), wanted, strict=True):
+        atol = 1e-4 * slope.abs().max().item()
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, slope, rtol=0, atol=atol)
+
+
+def test_edits_that_live_together_are_not_trained_within_scopes(tmp_path: Path) -> None:
+    config = TrainingConfig(batch=4, at_once=2)
+    with pytest.raises(EditorError, match="edits that live alone"):
+        Trainer(mend(), examples(4), TEXTS, config, tmp_path)
+
+
+def test_the_sampler_tells_a_scoped_editor_where_subjects_stand() -> None:
+    lm, config = language_model("llama"), TrainingConfig(batch=1)
+    example = EditExample(prompt="The capital of France is", target="Lyon", subject="France")
+    for scoped, place in ((False, None), (True, (15, 20))):
+        (texts,) = TextSampler(lm, [example], (), config, scoped).batch(0)
+        assert texts.edit.subject == place
+
+
+def test_least_squares_leave_scopes_as_they_are() -> None:
+    editor = mend(gate=0.3)
+    requests = [ASKED, EditRequest("The mother tongue of Ada is", "Thai")]
+    updates = [editor.propose([request]).update for request in requests]
+    inputs = [inputs_under(editor, r, u) for r, u in zip(requests, updates, strict=True)]
+    alone = ridge(updates[:1], inputs[:1])
+    assert alone.scope is updates[0].scope
+    for name, layer in alone.items():
+        torch.testing.assert_close(layer.B, updates[0][name].folded().B)
+    both = ridge(updates, inputs)
+    assert both.scope is not None
+    assert len(both.scope) == 2
+    # Where the sum disturbs, the fit is nearer to what each edit alone does to its own inputs.
+    added = Update.sum(updates)
+    for name in both:
+        error = {"fit": 0.0, "sum": 0.0}
+        for update, rows in zip(Update.in_one_scope(updates), inputs, strict=True):
+            assert update.scope is not None
+            matched = update.scope.matched(rows[editor.layers[0].name])
+            matched[0] = False
+            reached = matched.cummax(0).values
+            wanted = update[name].apply(rows[name], reached)
+            for kind, found in (("fit", both), ("sum", added)):
+                error[kind] += (
+                    (found[name].apply(rows[name], reached) - wanted).square().sum().item()
+                )
+        assert 0 < error["fit"] < 0.1 * error["sum"]

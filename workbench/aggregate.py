@@ -117,11 +117,12 @@ def ridge(
 
 def _reached(update: Update, scope: Scope, inputs: Mapping[str, Tensor]) -> Tensor:
     """Which edits are in force at an edit's own tokens, `(tokens, edits)` bool."""
-    reached = scope.matched(inputs[scope.layer].to(scope.keys)).cummax(0).values
-    # A subject that opens the text is told by its token's id, which inputs do not hold.
+    matched = scope.matched(inputs[scope.layer].to(scope.keys))
+    matched[0] = False  # a first token is told by its id, which inputs do not hold
+    reached = matched.cummax(0).values
     mine = torch.cat([layer.owner_of_each() for layer in update.values()]).unique()
     for edit in mine[mine >= 0].tolist():
-        reached[:, edit] |= ~reached[:, edit].any()
+        reached[:, edit] |= ~reached[:, edit].any()  # its subject opens the text
     return reached
 
 
