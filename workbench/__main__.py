@@ -1,4 +1,4 @@
-"""The command line: edit, tokens, train, evaluate, pack, push, export."""
+"""The command line: edit, tokens, train, scope, evaluate, pack, push, export."""
 
 from __future__ import annotations
 
@@ -75,6 +75,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")
     _model(train, editor=False)
     _settings(train)
+
+    scope = commands.add_parser("scope", help="confine a MEND editor's edits to their subjects")
+    scope.add_argument("--editor", required=True, metavar="DIR", help="its folder, hub id or name")
+    scope.add_argument("--data", action="append", required=True, metavar="FORMAT[:PATH]")
+    scope.add_argument("--split", default="train", help="split to learn from ('all': whole files)")
+    scope.add_argument(
+        "--examples", type=int, default=2500, dest="limit", help="most of each --data (2500)"
+    )
+    scope.add_argument("--rank", type=int, default=128, help="of the metric of scopes (128)")
+    scope.add_argument(
+        "--share", type=float, default=0.5, help="of an edit's own match that is enough (0.5)"
+    )
+    scope.add_argument("--steps", type=int, default=1500)
+    scope.add_argument("--seed", type=int, default=0)
+    scope.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")
+    scope.add_argument("--out", type=Path, required=True, metavar="DIR")
+    scope.set_defaults(sample=False)
+    _model(scope, editor=False)
 
     evaluate = commands.add_parser("evaluate", help="measure editors on many edits")
     evaluate.add_argument("--data", required=True, metavar="FORMAT[:PATH]")

@@ -38,11 +38,10 @@ from workbench.files import MALFORMED, write_text
 from workbench.masks import token_table
 from workbench.models import LanguageModel, open_model
 from workbench.probes import Probe
-from workbench.results import Comparison
 from workbench.session import Workbench
 from workbench.sharing import known_as
 from workbench.shortage import memory_errors
-from workbench.training import Trainer, TrainingConfig
+from workbench.training import Trainer, TrainingConfig, learn_scope, with_scope
 from workbench.training.tensorboard import tensorboard_log
 
 
@@ -54,14 +53,7 @@ def edit(options: argparse.Namespace) -> None:
     probes = (*bench.suggest(options.prompt, options.target), *extra)
     print(f"{bench.lm.source} on {bench.lm.device}, editor {bench.editor.name}")
     print(f"edit {made.id}: {made.title}  ({made.seconds:.2f} s)\n")
-    _print_comparison(bench.compare(probes, max_new_tokens=options.max_new_tokens))
-    if options.save:
-        bench.save(options.save)
-        print(f"\nsession saved in {options.save}")
-
-
-def _print_comparison(comparison: Comparison) -> None:
-    for row in comparison.rows:
+    for row in bench.compare(probes, max_new_tokens=options.max_new_tokens).rows:
         print(f"[{row.kind}] {row.prompt}")
         print(f"    before  {shorten(row.base_text.strip(), 70)}")
         print(f"    after   {shorten(row.edited_text.strip(), 70)}")
@@ -69,6 +61,9 @@ def _print_comparison(comparison: Comparison) -> None:
             print(
                 f"    p({row.target!r})  {row.base_probability:.4f} -> {row.edited_probability:.4f}"
             )
+    if options.save:
+        bench.save(options.save)
+        print(f"\nsession saved in {options.save}")
 
 
 def tokens(options: argparse.Namespace) -> None:
@@ -117,6 +112,21 @@ def train(options: argparse.Namespace) -> None:
         f"{progress.step} steps; best validation loss {progress.best_loss:.4f} at step "
         f"{progress.best_step}; editor in {options.out}"
     )
+
+
+def scope(options: argparse.Namespace) -> None:
+    """Learn the scope of a MEND editor's edits, and write the editor with it."""
+    lm = _open(options)
+    editor = with_scope(open_editor(options.editor, lm), options.rank, options.share)
+    split = None if options.split == "all" else options.split
+    examples = [e for spec in options.data for e in _read(spec, split, options, lm)]
+    with memory_errors():
+        found = vars(learn_scope(editor, examples, steps=options.steps, seed=options.seed))
+    given = {name: getattr(options, name) for name in ("split", "limit", "steps", "seed")}
+    about = {"data": [_file_name(spec) for spec in options.data], **given, **found}
+    editor.card = {k: v for k, v in editor.card.items() if k != "evaluation"} | {"scope": about}
+    print(", ".join(f"{name} {value:g}" for name, value in found.items()))
+    print(f"editor in {editor.save_pretrained(options.out)}")
 
 
 def _new_editor(
@@ -233,18 +243,14 @@ def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(editor: Editor) -> dict[str, Any]:
-    """What figures of an editor are figures of."""
-    return {"settings": editor.settings(), "weights": _weights(editor)}
-
-
-def _weights(editor: Editor) -> str | None:
-    """Fingerprint of what a trained editor has learned; None for one without training."""
-    if not isinstance(editor, TrainableEditor):
-        return None
-    digest = sha256()
-    for name, tensor in sorted(editor.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """What figures of an editor are figures of: settings, and a fingerprint of what it learned."""
+    weights = None
+    if isinstance(editor, TrainableEditor):
+        digest = sha256()
+        for name, tensor in sorted(editor.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        weights = digest.hexdigest()[:16]
+    return {"settings": editor.settings(), "weights": weights}
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -378,9 +384,8 @@ def _device_name(lm: LanguageModel) -> str:
 
 
 def _print_table(editors: dict[str, dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(key for scores in editors.values() for key in scores))
     hidden = {"settings", "weights", "confidence_95", "seconds", "device", "n"}
-    names = [name for name in names if name not in hidden]
+    names = list(dict.fromkeys(k for scores in editors.values() for k in scores if k not in hidden))
     width = max(map(len, names))
     columns: Sequence[str] = [name.rsplit("/", 1)[-1][:16] for name in editors]
     print(" " * width, *(f"{column:>16}" for column in columns))
@@ -390,5 +395,4 @@ def _print_table(editors: dict[str, dict[str, Any]]) -> None:
             half = scores["confidence_95"].get(name)
             cells.append(f"{scores[name]:.3f} ±{half:.3f}" if name in scores else "-")
         print(f"{name:<{width}}", *(f"{cell:>16}" for cell in cells))
-    counts = [str(scores["n"]) for scores in editors.values()]
-    print(f"{'n':<{width}}", *(f"{count:>16}" for count in counts))
+    print(f"{'n':<{width}}", *(f"{scores['n']:>16}" for scores in editors.values()))

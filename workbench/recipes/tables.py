@@ -73,12 +73,13 @@ def measurements(part: Mapping[str, Any], limit: int | None = None) -> Iterator[
             yield Measurement(labels, arguments, f"{title[:40].strip('-')}-{key}.json")
 
 
-def expand(recipes: Mapping[str, Any], name: str) -> str:
-    """An editor's training arguments, with what `[common]` has of them; folders stay names."""
+def expand(recipes: Mapping[str, Any], name: str, kind: str = "editors") -> str:
+    """An editor's training arguments, or those of its scope (`kind` "scopes"; empty for none), with
+    what `[common]` has of them; folders stay names."""
     known = {"data": "{data}", "work": "{work}"}
     for word, text in recipes.get("common", {}).items():
         known[word] = text.format(**known)
-    return recipes["editors"][name].format(**known)
+    return recipes.get(kind, {}).get(name, "").format(**known)
 
 
 def training(recipes: Mapping[str, Any], name: str) -> str:
@@ -124,13 +125,17 @@ class Runner:
         name = name.removeprefix(TRAINED)
         folder = self.work / name
         arguments, marker = expand(self.recipes, name), folder / "finished"
+        scope = expand(self.recipes, name, "scopes")
+        whole = f"{arguments} scope {scope}" if scope else arguments
         if not marker.exists():
             for other in self.recipes["editors"]:  # that it is trained on from, or made of
                 if f" {{work}}/{other} " in f" {arguments} ":
                     self.editor(TRAINED + other)
             self.run(f"{training(self.recipes, name)} --out {folder}")
-            write_text(marker, arguments + "\n")
-        elif marker.read_text().strip() != arguments:
+            if scope:
+                self.run(f"scope --editor {folder} {scope} --out {folder}")
+            write_text(marker, whole + "\n")
+        elif marker.read_text().strip() != whole:
             raise WorkbenchError(
                 f"{folder} was trained with other arguments than the recipe's: remove it to train "
                 f"it again."
