@@ -19,6 +19,7 @@ from workbench.adapters import export_peft
 from workbench.aggregate import inputs_under, ridge
 from workbench.data import EditExample
 from workbench.editors import EditRequest, Mend, MendConfig
+from workbench.editors.networks import EditorNetwork
 from workbench.editors.proposals import capture_texts
 from workbench.editors.scoping import about, scope_of, subject_in
 from workbench.encoding import Tokens, collate, tokenize
@@ -240,7 +241,7 @@ def test_scopes_that_look_at_different_layers_do_not_add_up(lm: LanguageModel) -
     assert update.scope is not None
     other = Update(update.layers, replace(update.scope, layer=editable(lm)[1].name))
     with pytest.raises(EditError, match="different layers cannot live together"):
-        update + other
+        _ = update + other
 
 
 def test_a_batch_gives_each_sequence_its_own_scope(lm: LanguageModel) -> None:
@@ -304,6 +305,7 @@ def mend(family: str = "llama", **settings: Any) -> Mend:
     metric = editor.get_buffer("scope_metric")
     metric.copy_(torch.randn(metric.shape, generator=generator))
     for network in editor.networks.children():
+        assert isinstance(network, EditorNetwork)
         for statistics in (network.activation_stats, network.delta_stats):
             statistics.merge(torch.randn(9, len(statistics.mean), generator=generator))
     return editor.eval()

@@ -111,7 +111,7 @@ def ridge(
     for name in dict.fromkeys(name for update in updates for name in update):
         parts = zip(updates, inputs, reached, strict=True)
         edits = [(u[name], i[name], r) for u, i, r in parts if name in u]
-        solved[name] = _solved(*zip(*edits, strict=True), damping)
+        solved[name] = _solved(edits, damping)
     return Update(solved, scope)
 
 
@@ -127,23 +127,17 @@ def _reached(update: Update, scope: Scope, inputs: Mapping[str, Tensor]) -> Tens
 
 
 def _solved(
-    layers: Sequence[LayerUpdate],
-    inputs: Sequence[Tensor],
-    reached: Sequence[Tensor | None],
-    damping: float,
+    edits: Sequence[tuple[LayerUpdate, Tensor, Tensor | None]], damping: float
 ) -> LayerUpdate:
-    rows = torch.cat(list(inputs)).to(layers[0].A)
-    wanted = torch.cat(
-        [
-            layer.apply(own.to(layer.A), force)
-            for layer, own, force in zip(layers, inputs, reached, strict=True)
-        ]
-    )
+    """One layer's change, of each edit's, its inputs, and which edits are in force there."""
+    layers = [layer for layer, _, _ in edits]
+    rows = torch.cat([own for _, own, _ in edits]).to(layers[0].A)
+    wanted = torch.cat([layer.apply(own.to(layer.A), force) for layer, own, force in edits])
     if not any(layer.gated for layer in layers):
         keys = rows.double()
         return LayerUpdate(_weights(keys, keys, damping).to(rows), wanted)
     summed = LayerUpdate.sum(layers).folded()
-    in_force = [force for force in reached if force is not None]
+    in_force = [force for _, _, force in edits if force is not None]
     acting = summed.acting(rows, torch.cat(in_force) if in_force else None)
     missing = (wanted - acting @ summed.B).double()
     keys = acting.double()

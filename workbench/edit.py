@@ -9,6 +9,7 @@ from pathlib import Path
 
 from workbench.adapters import export_peft
 from workbench.editors import EditRequest, Proposal
+from workbench.editors.scoping import subject_in
 from workbench.errors import EditError
 from workbench.memory import size
 from workbench.models import LanguageModel
@@ -61,6 +62,14 @@ class Edit:
         first = self.requests[0]
         more = f" and {len(self.requests) - 1} more" if len(self.requests) > 1 else ""
         return f"{first.prompt} → {first.target}{more}"
+
+    @property
+    def subjects(self) -> tuple[str | None, ...]:
+        """What each request is about, where the edit acts in texts that name it alone; None for a
+        request that acts everywhere."""
+        if self.update.scope is None:
+            return (None,) * len(self.requests)
+        return tuple(subject_in(request.prompt, request.subject) for request in self.requests)
 
     def to_peft(self, folder: str | Path) -> Path:
         """Write the edit as a PEFT LoRA adapter folder."""

@@ -111,17 +111,19 @@ class Workbench(History):
 
     # Making edits
 
-    def edit(self, prompt: str, target: str) -> Edit:
+    def edit(self, prompt: str, target: str, subject: str | None = None) -> Edit:
         """Make the model say `target` after `prompt`; the edit acts at once.
 
         Args:
             prompt: What the model reads, e.g. "The capital of France is".
             target: What it should say next, e.g. "Lyon".
+            subject: What the prompt is about, a part of it, e.g. "France", for editors that ask
+                (the default one, ROME); None: guessed.
 
         Raises:
             EditError: The request cannot be carried out; nothing has changed.
         """
-        return self.edit_many([(prompt, target)])
+        return self.edit_many([EditRequest(prompt, target, subject)])
 
     @memory_errors()
     def edit_many(

@@ -17,7 +17,10 @@ from workbench.tables import placeholder
 WEIGHTS: list[tuple[str, str]] = [("Full", ""), ("8-bit", "8bit"), ("4-bit", "4bit")]
 
 
-GATES = "A gate keeps edits from unrelated texts; without one they export as LoRA adapters."
+GATES = (
+    "A scope keeps edits to texts that name their subject; without scope and gate they export as "
+    "LoRA adapters."
+)
 UNTRAINED = (
     "There is no trained editor for this model yet: edits are made by fine-tuning, which is slower "
     "and reaches further. Training makes one."

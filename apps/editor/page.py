@@ -120,7 +120,9 @@ def edit(
     made = session.edit(prompt, target, editor)
     lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
     session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
-    shown = screen(session, f"edited by {LABELS.get(editor, editor)} in {made.seconds:.2f} s, ")
+    acts = "".join(f", acts where a text names {name}" for name in made.subjects if name)
+    by = f"edited by {LABELS.get(editor, editor)} in {made.seconds:.2f} s{acts}, "
+    shown = screen(session, by)
     return *shown, *filled
 
 

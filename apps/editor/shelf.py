@@ -20,7 +20,7 @@ from workbench.models import DEFAULT_MODEL, Quantization
 from workbench.sharing import is_id, locate_editor
 
 LABELS = {
-    "mend": "MEND (gated)",
+    "mend": "MEND (scoped)",
     "mend-many": "MEND (for many edits)",
     "mend-linear": "MEND (linear)",
     "ft": "Fine-tuning",

@@ -70,7 +70,7 @@ def scope_of(
         if text.subject is None:
             continue
         first, last = text.subject
-        name = lm.tokenizer.decode(list(text.ids[first : last + 1])).strip()
+        name = str(lm.tokenizer.decode(list(text.ids[first : last + 1]))).strip()
         openings[place] = text.ids[0] if last == 0 else _opening(lm, name)
         rows[place] = inputs[place, last] if last else _elsewhere(lm, layer, name)
     known = rows @ metric.mT
