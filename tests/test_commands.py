@@ -223,6 +223,24 @@ def test_an_editor_is_packed_with_more_rounds(
     assert "--later-strength, --rounds: mend has such settings" in capsys.readouterr().err
 
 
+def test_an_editor_is_packed_with_its_gate_moved(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS]
+    for name, gate in (("gated", "0.3"), ("linear", "0")):
+        assert main([*command, "--gate", gate, "--out", str(tmp_path / name)]) == 0
+    lm = open_model(tiny_model, device="cpu", progress=False)
+    pack = ["pack", "--model", tiny_model, "--gate-shift", "-0.5", "--editor"]
+    for start, out in (("gated", "once"), ("once", "twice")):
+        assert main([*pack, str(tmp_path / start), "--out", str(tmp_path / out)]) == 0
+    found = [TrainableEditor.from_pretrained(tmp_path / name, lm) for name in ("gated", "twice")]
+    shares = [editor.state_dict()["gate_logits"] for editor in found]
+    torch.testing.assert_close(shares[1], shares[0] - 1, atol=1e-3, rtol=0)
+    assert found[1].card["gate_shift"] == -1
+    assert main([*pack, str(tmp_path / "linear"), "--out", str(tmp_path / "x")]) == 2
+    assert "no gate whose shares could be moved" in capsys.readouterr().err
+
+
 def test_cards_name_data_without_saying_where_it_lay() -> None:
     assert commands._file_name("zsre:/home/me/zsre.jsonl.gz") == "zsre:zsre.jsonl.gz"
     assert commands._file_name("facts") == "facts"

@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--later-strength", type=float, help="of rounds after the first")
     pack.add_argument("--confidence", type=float, help="at which an edit needs no more rounds")
     pack.add_argument(
+        "--gate-shift", type=float, metavar="LOGITS", help="added to its gate's shares; of MEND"
+    )
+    pack.add_argument(
         "--evaluation", type=Path, metavar="FILE", help="JSON of evaluate on what is packed"
     )
     pack.add_argument("--out", type=Path, required=True, metavar="DIR")

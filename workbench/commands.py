@@ -123,8 +123,8 @@ def scope(options: argparse.Namespace) -> None:
     examples = [e for spec in options.data for e in _read(spec, split, options, lm)]
     with memory_errors():
         found = vars(learn_scope(editor, examples, steps=options.steps, seed=options.seed))
-    given = {name: getattr(options, name) for name in ("split", "limit", "steps", "seed")}
-    about = {"data": [_file_name(spec) for spec in options.data], **given, **found}
+    about = {name: getattr(options, name) for name in ("split", "limit", "steps", "seed")} | found
+    about["data"] = [_file_name(spec) for spec in options.data]
     editor.card = {k: v for k, v in editor.card.items() if k != "evaluation"} | {"scope": about}
     print(", ".join(f"{name} {value:g}" for name, value in found.items()))
     print(f"editor in {editor.save_pretrained(options.out)}")
@@ -255,8 +255,7 @@ def _identity(editor: Editor) -> dict[str, Any]:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a trained editor for sharing: in float16; averaged, of more rounds and with its figures
-    if asked."""
+    """Write a trained editor for sharing, in float16; changed and with its figures if asked."""
     lm = _open(options)
     editor = TrainableEditor.from_pretrained(options.editor, lm)
     card, before = dict(editor.card), _identity(editor)
@@ -264,10 +263,12 @@ def pack(options: argparse.Namespace) -> None:
         _average(editor, TrainableEditor.from_pretrained(options.average, lm), options.share)
         mixed = f"{options.share:g} of the weights come from {known_as(options.average)}"
         card["averaged"] = ", then ".join(filter(None, (card.get("averaged"), mixed)))
-    given = {name: getattr(options, name) for name in ("rounds", "later_strength", "confidence")}
-    if more := {name: value for name, value in given.items() if value is not None}:
+    names = ("rounds", "later_strength", "confidence", "gate_shift")
+    if more := {n: getattr(options, n) for n in names if getattr(options, n) is not None}:
         if not isinstance(editor, Mend):
             raise EditorError(f"{_flags(more)}: mend has such settings, {editor.name} has not.")
+        if "gate_shift" in more:
+            card["gate_shift"] = editor.shift_gate(more.pop("gate_shift"))
         editor = editor.changed(**more)
     if (made := _identity(editor)) != before:
         card.pop("evaluation", None)

@@ -313,6 +313,24 @@ class Mend(TrainableEditor):
         gates = dict(zip(update, shares, strict=False))
         return Proposal(update, self.layers, edits.tokens, factors, pseudofactors, lrs, gates)
 
+    @torch.no_grad()
+    def shift_gate(self, logits: float) -> float:
+        """Move every layer's share of the gate: below 0 edits reach farther, above 0 less far.
+
+        Args:
+            logits: Added to the logits of the shares.
+
+        Returns:
+            By how much they have been moved in all, as the card knows it.
+
+        Raises:
+            EditorError: There is no gate.
+        """
+        if self.gate_logits is None:
+            raise EditorError("This editor has no gate whose shares could be moved.")
+        self.gate_logits += logits
+        return round(self.card.get("gate_shift", 0.0) + logits, 6)
+
     def changed(self, **settings: Any) -> Mend:
         """A copy that goes on from here with other settings; what it has learned stays.
 
