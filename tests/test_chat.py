@@ -32,8 +32,7 @@ from workbench.editors import (
     open_editor,
     with_chat,
 )
-from workbench.editors.rome import _subject_end
-from workbench.encoding import as_read, collate, sequence_nll, tokenize
+from workbench.encoding import as_read, collate, sequence_nll, span_of, tokenize
 from workbench.errors import EditError
 from workbench.masks import token_table
 from workbench.views import target_logits
@@ -95,7 +94,7 @@ def test_the_default_editor_edits_the_default_models_chats(default_model: Langua
 def test_a_rank_one_edit_finds_its_subject_in_the_template() -> None:
     lm = chat_model()
     read = tokenize(lm, "Who rules Ys? ", TARGET).ids
-    place = _subject_end(lm, "Who rules Ys? ", "Ys")
+    place = span_of(lm, "Who rules Ys? ", "Ys")[1]
     assert lm.tokenizer.decode(list(read[place - 1 : place + 2])) == "Ys?"
 
 
@@ -260,6 +259,7 @@ COMMANDS = {
     "tokens": ["ab", "cd"],
     "train": ["--data", "facts", "--out", "nowhere"],
     "evaluate": ["--data", "facts"],
+    "scope": ["--editor", "mend", "--data", "facts", "--out", "out"],
 }
 
 

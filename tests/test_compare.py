@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import language_model
@@ -33,7 +35,7 @@ def test_a_batch_continues_each_prompt_as_alone(family: str) -> None:
 def test_threads_that_share_a_tokenizer_find_it_as_it_was(family: str) -> None:
     """Fast tokenizers hold padding and truncation as state: who sets it, sets it for all."""
     lm = language_model(family)
-    backend = lm.tokenizer.backend_tokenizer
+    backend: Any = lm.tokenizer.backend_tokenizer
     generate_texts(lm, [SHORT, LONG], 2)
     model_encoder(lm)([SHORT, LONG * 40])
     assert (backend.padding, backend.truncation) == (None, None)

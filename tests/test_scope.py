@@ -86,21 +86,17 @@ def by_hand(lm: LanguageModel, update: Update, ids: Tensor, starts: list[int | N
     for row, start in enumerate(starts):
         if start is not None:
             acts[row, start:] = 1
-    handles = []
-    for name, layer in update.items():
 
-        def hook(
-            module: nn.Module, args: tuple[Tensor, ...], output: Tensor, change: Tensor
-        ) -> Tensor:
+    def adding(change: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + acts[..., None] * (args[0] @ change.mT)
 
+        return hook
+
+    handles = []
+    for name, layer in update.items():
         change = layer.scale * (layer.B.mT @ layer.A)
-        module = lm.model.get_submodule(name)
-        handles.append(
-            module.register_forward_hook(
-                lambda m, a, o, change=change, hook=hook: hook(m, a, o, change)
-            )
-        )
+        handles.append(lm.model.get_submodule(name).register_forward_hook(adding(change)))
     found = logits_of(lm.model, {"input_ids": ids})
     for handle in handles:
         handle.remove()
@@ -519,6 +515,24 @@ def test_a_training_step_within_scopes_equals_the_undivided_one() -> None:
         atol = 1e-4 * slope.abs().max().item()
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, slope, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_blocks_that_run_again_are_in_scope_as_before(cached: bool) -> None:
+    editor = editor_for("llama", gate=0.3, edit_lr=0.1, scope=16)
+    metric = editor.get_buffer("scope_metric")
+    metric.copy_(torch.randn(metric.shape, generator=torch.Generator().manual_seed(0)))
+    edits = [replace(e, edit=replace(e.edit, subject=(0, 3))) for e in edits_for(editor.lm)]
+    MetaStep(editor.train(), TrainingConfig()).losses(edits, backward=False)
+    found = []
+    for checkpointing in (False, True):
+        editor.eval().zero_grad()
+        step = MetaStep(editor, TrainingConfig(checkpointing=checkpointing), cached)
+        total = step.losses(edits).total
+        found.append((total, [p.grad.clone() for p in editor.parameters() if p.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_edits_that_live_together_are_not_trained_within_scopes(tmp_path: Path) -> None:

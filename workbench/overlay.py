@@ -99,8 +99,11 @@ def _follow(model: nn.Module, reading: Reading, here: Callable[[], bool]) -> lis
 
 @contextmanager
 def overlay(
-    model: nn.Module, update: Update | None, sequences: Tensor | None = None
-) -> Iterator[None]:
+    model: nn.Module,
+    update: Update | None,
+    sequences: Tensor | None = None,
+    reached: Tensor | None = None,
+) -> Iterator[Reading | None]:
     """Run the model as if each weight W were `W + scale * B^T A`; the weights are never written.
 
     The overlay is local to the context (thread, task) that enters it. Overlays nest: their
@@ -113,6 +116,11 @@ def overlay(
             None or an empty update leaves the model as it is.
         sequences: Which sequences of the batch it acts on, `(batch,)` bool; None: all. Base and
             edited model can so run in one forward pass.
+        reached: Which edits of the scope are in force at each token, `(batch, tokens, edits)` bool,
+            where parts of a model run again; None: that is told by what the model reads.
+
+    Yields:
+        How far the model has read, for an update with a scope; else None.
 
     Raises:
         EditError: The update names a layer that the model does not have, or has other widths;
@@ -120,13 +128,13 @@ def overlay(
     """
     token = next(_tokens)
     scope = update.scope if update else None
-    reading = None if scope is None else Reading(scope)
+    reading = None if scope is None else Reading(scope, reached)
 
     def here() -> bool:
         return token in _live.get()
 
     with ExitStack() as stack:
-        if reading is not None:
+        if reading is not None and reached is None:
             for handle in _follow(model, reading, here):
                 stack.callback(handle.remove)
         for name, layer in (update or {}).items():
@@ -149,7 +157,7 @@ def overlay(
             stack.callback(handle.remove)
         reset = _live.set(_live.get() | {token})
         try:
-            yield
+            yield reading
         finally:
             _live.reset(reset)
 

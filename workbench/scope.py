@@ -89,11 +89,11 @@ class Reading:
 
     Args:
         scope: What is looked for.
+        reached: What each token of the present pass has reached, `(batch, tokens, edits)` bool.
     """
 
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-        self.reached: Tensor | None = None  # (batch, tokens, edits) bool, of the present pass
+    def __init__(self, scope: Scope, reached: Tensor | None = None) -> None:
+        self.scope, self.reached = scope, reached
         self._start = 0  # tokens in the cache before the present pass
         self._first: Tensor | None = None  # (batch, edits): place of the first match in them
         self._ids: Tensor | None = None
@@ -106,6 +106,7 @@ class Reading:
         self._first = self._kept.get(cache) if self._start else None
         self._ids, self._mask = ids, mask
 
+    @torch.no_grad()
     def look(self, inputs: Tensor) -> None:
         """The layer that the scope looks at reads its input."""
         if inputs.dim() != 3:
@@ -114,7 +115,7 @@ class Reading:
                 "one axis, as in mixtures of experts. Use an editor without a scope."
             )
         scope = self.scope = self.scope.map(lambda tensor: tensor.to(inputs.device))
-        matched = scope.matched(inputs.detach().to(scope.keys))
+        matched = scope.matched(inputs.to(scope.keys))
         read = torch.ones_like(matched[..., 0])
         if self._mask is not None and self._mask.dim() == 2:
             read = self._mask[:, -inputs.shape[1] :].bool().to(inputs.device)

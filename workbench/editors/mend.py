@@ -328,7 +328,7 @@ class Mend(TrainableEditor):
         """
         if self.gate_logits is None:
             raise EditorError("This editor has no gate whose shares could be moved.")
-        self.gate_logits += logits
+        self.gate_logits.add_(logits)
         return round(self.card.get("gate_shift", 0.0) + logits, 6)
 
     def changed(self, **settings: Any) -> Mend:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -268,8 +268,12 @@ class MetaStep:
         """Logits at the targets, each text under the edits that own it."""
         single = all(len(tensor) == 1 for tensor in leaves.tensors())
         mine = of_sequences(leaves, 0 if single else owners)
-        again = partial(overlay, self.lm.model, mine)
-        with again():
+        with overlay(self.lm.model, mine) as reading:
+
+            def again() -> AbstractContextManager[Any]:
+                reached = None if reading is None else reading.reached
+                return overlay(self.lm.model, mine, reached=reached)
+
             return self.trunk.logits(batch, hidden, again)
 
     def _chunked_backward(
