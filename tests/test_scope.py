@@ -278,6 +278,13 @@ def test_parts_of_other_shapes_are_refused() -> None:
         LayerUpdate(torch.ones(2, 3), torch.ones(2, 3), owners=torch.zeros(1, dtype=torch.long))
 
 
+def test_what_was_made_for_another_model_is_refused_by_name() -> None:
+    llama, gpt2 = (in_double(language_model(family)) for family in DECODERS)
+    update = scoped(llama, texts(llama)[0])
+    with pytest.raises(EditError, match="which this model does not have"):
+        under(gpt2, update, texts(gpt2))
+
+
 def test_tokens_of_all_sequences_in_one_axis_are_refused() -> None:
     moe = in_double(language_model("qwen2_moe"))
     layer = next(layer for layer in editable(moe) if "shared_expert" in layer.name)

@@ -134,9 +134,6 @@ def overlay(
         return token in _live.get()
 
     with ExitStack() as stack:
-        if reading is not None and reached is None:
-            for handle in _follow(model, reading, here):
-                stack.callback(handle.remove)
         for name, layer in (update or {}).items():
             try:
                 module = model.get_submodule(name)
@@ -155,6 +152,9 @@ def overlay(
             hook = _hook(layer.folded(), here, sequences, reading)
             handle = module.register_forward_hook(hook)
             stack.callback(handle.remove)
+        if reading is not None and reached is None:
+            for handle in _follow(model, reading, here):
+                stack.callback(handle.remove)
         reset = _live.set(_live.get() | {token})
         try:
             yield reading
