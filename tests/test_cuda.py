@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from workbench import EditExample, Statement, Workbench
-from workbench.editors import Editor, TrainableEditor
+from workbench.editors import Editor, EditRequest, Mend, TrainableEditor
+from workbench.editors.scoping import about
 from workbench.encoding import collate, label_names, tokenize
 from workbench.evaluate import evaluate
 from workbench.models import LanguageModel, Quantization, open_model
@@ -90,6 +91,59 @@ def test_an_edit_is_the_same_on_the_card(name: str, family: str, tmp_path: Path)
         near(found.scale * found.B.mT @ found.A, change.scale * change.B.mT @ change.A)
     near(said(there.lm, theirs), said(here.lm, mine))
     assert not torch.equal(said(there.lm, theirs), said(there.lm))
+
+
+def scoped_twins(family: str, folder: Path) -> list[Mend]:
+    """One editor with a scope of two keys, on the CPU and on the card."""
+    here = MAKERS["mend"](language_model(family))
+    assert isinstance(here, Mend)
+    here, generator = here.changed(scope=16, scope_relation=8), torch.Generator().manual_seed(0)
+    for name in ("scope_metric", "relation_metric"):
+        metric = here.get_buffer(name)
+        metric.copy_(torch.randn(metric.shape, generator=generator))
+    there = Mend.from_pretrained(here.save_pretrained(folder / "editor"), on_card(family))
+    assert isinstance(there, Mend)
+    return [here, there]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_scope_is_the_same_on_the_card(family: str, tmp_path: Path):
+    here, there = scoped_twins(family, tmp_path)
+    request = EditRequest(PROMPT, TARGET, "France")
+    mine, theirs = (editor.propose([request]).update for editor in (here, there))
+    assert mine.scope is not None
+    assert theirs.scope is not None
+    near(theirs.scope.keys, mine.scope.keys)
+    near(theirs.scope.thresholds, mine.scope.thresholds)
+    near(said(there.lm, theirs), said(here.lm, mine))
+    ids = there.lm.tokenizer(PROMPT, return_tensors="pt").to("cuda")
+    with torch.no_grad(), overlay(there.lm.model, theirs) as reading:
+        there.lm.model(**ids)
+        assert reading is not None
+        assert reading.reached is not None
+        assert reading.reached[0, [0, -1], 0].tolist() == [False, True]
+        found = [
+            there.lm.model.generate(**ids, max_new_tokens=5, do_sample=False, use_cache=cached)  # type: ignore[operator]
+            for cached in (True, False)
+        ]
+    assert torch.equal(*found)
+
+
+def test_a_training_step_within_scopes_is_the_same_on_the_card(tmp_path: Path):
+    losses, slopes = [], []
+    for editor in scoped_twins("llama", tmp_path):
+        lm = editor.lm
+        edit = about(lm, tokenize(lm, PROMPT, TARGET), PROMPT)
+        other = [tokenize(lm, text, TARGET) for text in ("The moon", "The city of France is")]
+        texts = [EditTexts(edit, (edit, other[1]), tuple(other), 2)] * 2
+        config = TrainingConfig(batch=2)
+        found = MetaStep(editor.train(), config, cached=False).losses(texts)
+        losses.append(torch.tensor(astuple(found)))
+        slopes.append({n: p.grad for n, p in editor.named_parameters() if p.grad is not None})
+    near(losses[1], losses[0])
+    assert set(slopes[0]) == set(slopes[1]) != set()
+    for parameter, slope in slopes[0].items():
+        near(slopes[1][parameter], slope)
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)

@@ -33,9 +33,9 @@ LAYERS = (
     ("layers", "models", "memory", "encoding", "masks", "scope"),
     ("updates", "adapters", "stacking"),
     ("crossing", "metrics", "overlay", "factors", "views"),
-    ("editors",),
+    ("editors", "sentences", "rewrites"),
     ("training", "probes", "results"),
-    ("sentences", "rewrites", "neighborhood", "report"),
+    ("neighborhood", "report"),
     (
         *("aggregate", "compare", "continuations", "edit", "evaluate"),
         *("history", "probing", "session", "sessionfile"),

@@ -21,7 +21,7 @@ from workbench.data import EditExample
 from workbench.editors import EditRequest, Mend, MendConfig
 from workbench.editors.networks import EditorNetwork
 from workbench.editors.proposals import capture_texts
-from workbench.editors.scoping import about, scope_of, subject_in
+from workbench.editors.scoping import Measure, about, scope_of, subject_in
 from workbench.encoding import Tokens, collate, tokenize
 from workbench.factors import capture
 from workbench.overlay import overlay
@@ -54,13 +54,16 @@ def inputs_of(lm: LanguageModel, ids: Tensor) -> Tensor:
     return seen[0]
 
 
-def scope_at(lm: LanguageModel, ids: Tensor, place: int = NAMED, opening: int = -1) -> Scope:
-    """A scope that this text reaches at one place, and others practically not at all."""
-    key = inputs_of(lm, ids)[place]
+def scope_at(
+    lm: LanguageModel, ids: Tensor, place: int = NAMED, opening: int = -1, then: int | None = None
+) -> Scope:
+    """A scope that this text reaches at one place, or then at another, and others practically not
+    at all."""
+    keys = inputs_of(lm, ids)[[place] if then is None else [place, then]]
     return Scope(
         lowest(lm),
-        (key / key.square().sum())[None],
-        torch.full((1,), 1 - 1e-6, dtype=key.dtype),
+        (keys / keys.square().sum(-1, keepdim=True))[None],
+        torch.full((1, len(keys)), 1 - 1e-6, dtype=keys.dtype),
         torch.tensor([opening]),
     )
 
@@ -70,7 +73,7 @@ def within(update: Update, scope: Scope, edit: int = 0) -> Update:
     return Update({n: replace(layer, owners=owners[n]) for n, layer in update.items()}, scope)
 
 
-def scoped(lm: LanguageModel, ids: Tensor, seed: int = 0, **options: int) -> Update:
+def scoped(lm: LanguageModel, ids: Tensor, seed: int = 0, **options: int | None) -> Update:
     update = random_update(editable(lm), seed, dtype=torch.float64) * 4
     return within(update, scope_at(lm, ids, **options))
 
@@ -147,20 +150,52 @@ def test_an_edit_without_a_threshold_acts_everywhere(lm: LanguageModel) -> None:
     ids = texts(lm)
     update = scoped(lm, ids[0])
     assert update.scope is not None
-    always = replace(update.scope, thresholds=torch.full((1,), -torch.inf))
+    always = replace(update.scope, thresholds=torch.full((1, 1), -torch.inf))
     free = within(update, always)
     assert_exact(under(lm, free, ids), by_hand(lm, update, ids, [0, 0, 0]))
+
+
+def test_an_edit_of_two_keys_acts_from_where_the_second_follows_the_first(
+    lm: LanguageModel,
+) -> None:
+    ids = texts(lm)
+    found = under(lm, update := scoped(lm, ids[0], then=5), ids)
+    # The second text has the first key's token, not the second's.
+    assert torch.equal(found[1:], logits_of(lm.model, {"input_ids": ids})[1:])
+    assert_exact(found, by_hand(lm, update, ids, [5, None, None]))
+    # In the other order the keys do not count; one token may match both.
+    turned = under(lm, scoped(lm, ids[0], place=5, then=NAMED), ids)
+    assert torch.equal(turned, logits_of(lm.model, {"input_ids": ids}))
+    both = scoped(lm, ids[0], place=NAMED, then=NAMED)
+    assert_exact(under(lm, both, ids), by_hand(lm, both, ids, [NAMED, NAMED, None]))
+    # What opens a text can be its subject, and asks nothing.
+    opened = scoped(lm, ids[0], place=0, opening=int(ids[0, 0]), then=2)
+    assert_exact(under(lm, opened, ids), by_hand(lm, opened, ids, [2, 2, None]))
+
+
+def test_scopes_of_one_key_and_of_two_live_together(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    one, two = scoped(lm, ids[0]), scoped(lm, ids[0], 1, then=6)
+    total = one + two
+    assert total.scope is not None
+    assert total.scope.keys.shape[:2] == (2, 2)
+    stacked = under(lm, stack_sequences([one, two, total]), ids[[0, 0, 0]])
+    alone = [under(lm, update, ids[:1])[0] for update in (one, two, total)]
+    assert_exact(stacked, torch.stack(alone))
+    assert_exact(alone[2][:6], alone[0][:6])
+    assert not torch.allclose(alone[2][6:], alone[0][6:], atol=1e-3)
 
 
 # --- in pieces -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("then", [None, 5])
 @pytest.mark.parametrize("cuts", [(4,), (2, 3, 4, 6), (1, 2, 3, 4, 5, 6, 7)], ids=str)
 def test_a_text_read_in_pieces_is_in_scope_as_when_read_at_once(
-    lm: LanguageModel, cuts: tuple[int, ...]
+    lm: LanguageModel, cuts: tuple[int, ...], then: int | None
 ) -> None:
     ids = texts(lm)
-    update = scoped(lm, ids[0], opening=int(ids[2, 0]))
+    update = scoped(lm, ids[0], opening=int(ids[2, 0]), then=then)
     whole, cache, found = under(lm, update, ids), None, []
     with overlay(lm.model, update), torch.no_grad():
         for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
@@ -170,26 +205,36 @@ def test_a_text_read_in_pieces_is_in_scope_as_when_read_at_once(
     assert_exact(torch.cat(found, 1), whole)
 
 
-def test_what_is_cut_from_a_cache_is_out_of_scope_again(lm: LanguageModel) -> None:
+@pytest.mark.parametrize("first", [NAMED, 1])
+def test_what_is_cut_from_a_cache_is_out_of_scope_again(lm: LanguageModel, first: int) -> None:
     ids = texts(lm)
-    update = scoped(lm, ids[0])
+    update = scoped(lm, ids[0], place=first, then=None if first == NAMED else NAMED)
     with overlay(lm.model, update), torch.no_grad():
         cache = lm.model(input_ids=ids[:1], use_cache=True).past_key_values
         cache.crop(NAMED - ids.shape[1])
         rest = lm.model(input_ids=ids[2:, NAMED:], past_key_values=cache).logits
     other = torch.cat([ids[:1, :NAMED], ids[2:, NAMED:]], 1)
     assert_exact(rest, logits_of(lm.model, {"input_ids": other})[:, NAMED:])
+    if first != NAMED:  # the first key stays reached: the second, matched anew, counts
+        with overlay(lm.model, update), torch.no_grad():
+            cache = lm.model(input_ids=ids[:1], use_cache=True).past_key_values
+            cache.crop(NAMED - ids.shape[1])
+            again = lm.model(input_ids=ids[:1, NAMED:], past_key_values=cache).logits
+        assert_exact(again, under(lm, update, ids[:1])[:, NAMED:])
 
 
+@pytest.mark.parametrize("then", [None, 8])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_with_a_cache_is_that_without(lm: LanguageModel, beams: int) -> None:
+def test_generation_with_a_cache_is_that_without(
+    lm: LanguageModel, beams: int, then: int | None
+) -> None:
     ids = texts(lm)[:, :6]
     options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
     options |= {"eos_token_id": None, "pad_token_id": PAD, "attention_mask": torch.ones_like(ids)}
     model: Any = lm.model
     # Reached by what some beam writes, not by the prompts.
     written = model.generate(ids, **options)
-    update = scoped(lm, written[0], place=7)
+    update = scoped(lm, written[0], place=7, then=then)
     with overlay(model, update):
         found = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
     assert torch.equal(*found)
@@ -272,7 +317,7 @@ def test_what_is_in_scope_is_no_change_of_the_weights(lm: LanguageModel, tmp_pat
 
 
 def test_parts_of_other_shapes_are_refused() -> None:
-    with pytest.raises(EditError, match="threshold and an opening for each key"):
+    with pytest.raises(EditError, match="a threshold for each and an opening for each edit"):
         Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2))
     with pytest.raises(EditError, match=r"one owner a term, \(2,\); got \(1,\)"):
         LayerUpdate(torch.ones(2, 3), torch.ones(2, 3), owners=torch.zeros(1, dtype=torch.long))
@@ -289,7 +334,7 @@ def test_tokens_of_all_sequences_in_one_axis_are_refused() -> None:
     moe = in_double(language_model("qwen2_moe"))
     layer = next(layer for layer in editable(moe) if "shared_expert" in layer.name)
     key = torch.ones(1, layer.in_features, dtype=torch.float64)
-    scope = Scope(layer.name, key, torch.ones(1), torch.tensor([-1]))
+    scope = Scope(layer.name, key[None], torch.ones(1, 1), torch.tensor([-1]))
     update = within(random_update([layer], dtype=torch.float64), scope)
     with pytest.raises(EditError, match="mixtures of experts"):
         under(moe, update, batch_for(moe.model)["input_ids"])
@@ -323,7 +368,7 @@ def reached(lm: LanguageModel, update: Update, prompt: str) -> list[bool]:
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     logits_of(lm.model, {"input_ids": ids[None]})
     handle.remove()
-    matched = (seen[0] @ update.scope.keys[0] >= update.scope.thresholds[0]).tolist()
+    matched = (seen[0] @ update.scope.keys[0, 0] >= update.scope.thresholds[0, 0]).tolist()
     matched[0] = int(ids[0]) == int(update.scope.openings[0])
     return [any(matched[: place + 1]) for place in range(len(ids))]
 
@@ -337,8 +382,8 @@ def test_an_edits_own_text_is_in_scope_from_its_subject_on() -> None:
     begin = ASKED.prompt.index("France") + len("France") - 1  # one token a letter
     assert reached(lm, update, ASKED.prompt)[begin]
     key, metric = inputs_of_prompt(lm, update.scope.layer)[begin], editor.get_buffer("scope_metric")
-    torch.testing.assert_close(update.scope.keys[0], metric.T @ (metric @ key))
-    torch.testing.assert_close(update.scope.thresholds[0], 0.5 * (metric @ key).square().sum())
+    torch.testing.assert_close(update.scope.keys[0, 0], metric.T @ (metric @ key))
+    torch.testing.assert_close(update.scope.thresholds[0, 0], 0.5 * (metric @ key).square().sum())
 
 
 def inputs_of_prompt(lm: LanguageModel, layer: str) -> Tensor:
@@ -349,6 +394,22 @@ def inputs_of_prompt(lm: LanguageModel, layer: str) -> Tensor:
     logits_of(lm.model, {"input_ids": torch.tensor([lm.tokenizer(ASKED.prompt)["input_ids"]])})
     handle.remove()
     return seen[0]
+
+
+def test_an_edits_own_text_is_in_scope_from_its_prompts_end_on() -> None:
+    editor = mend(scope_relation=8, scope_relation_share=0.3)
+    relation = editor.get_buffer("relation_metric")
+    relation.copy_(torch.randn(relation.shape, generator=torch.Generator().manual_seed(1)))
+    update = editor.propose([ASKED]).update
+    assert update.scope is not None
+    keys, thresholds = update.scope.keys[0], update.scope.thresholds[0]
+    read = inputs_of_prompt(editor.lm, update.scope.layer)[-1]
+    torch.testing.assert_close(keys[1], relation.T @ (relation @ read))
+    torch.testing.assert_close(thresholds[1], 0.3 * (relation @ read).square().sum())
+    without = editor.changed(scope_relation=0).propose([ASKED]).update.scope
+    assert without is not None
+    assert torch.equal(without.keys[0, 0], keys[0])
+    assert editor.changed(scope=0).config.scope_relation == 0
 
 
 def test_rounds_edit_within_one_scope() -> None:
@@ -398,11 +459,17 @@ def test_without_its_scope_an_editor_is_what_it_was() -> None:
     assert torch.equal(
         under(editor.lm, again.propose([ASKED]).update, ids), under(editor.lm, update, ids)
     )
-    with pytest.raises(EditorError, match="a scope dropped"):
+    with pytest.raises(EditorError, match="these two dropped"):
         editor.changed(scope=8)
 
 
-@pytest.mark.parametrize("setting", [{"scope": -1}, {"scope_share": 0.0}, {"scope_share": 1.0}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"scope": -1}, {"scope_share": 0.0}, {"scope_share": 1.0}),
+        *({"scope_relation": -1}, {"scope_relation_share": 1.0}, {"scope_relation": 4}),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(EditorError, match=next(iter(setting))):
         MendConfig(**setting)
@@ -419,7 +486,7 @@ def test_an_edit_whose_subject_is_not_told_acts_everywhere() -> None:
     assert subject_in("what do they eat?") is None
     update = editor.propose([EditRequest("what do they eat?", "Rome")]).update
     assert update.scope is not None
-    assert update.scope.thresholds.tolist() == [-torch.inf]
+    assert update.scope.thresholds.tolist() == [[-torch.inf]]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +513,7 @@ def test_a_subject_that_opens_its_text_is_known_by_its_token() -> None:
     texts = [about(lm, tokenize(lm, prompt, "x"), prompt, "b") for prompt in ("b is", "Is b")]
     assert [text.subject for text in texts] == [(0, 0), (3, 3)]
     inputs = torch.zeros(2, 8, layer.in_features)
-    scope = scope_of(lm, layer, metric, 0.5, texts, inputs)
+    scope = scope_of(lm, layer, Measure(metric, 0.5), None, texts, inputs)
     assert scope.openings.tolist() == [texts[0].ids[0], lm.tokenizer("B")["input_ids"][0]]
     # The first key is what the layer reads of the subject within another text, not of its own.
     assert scope.keys[0].abs().sum() > 0
@@ -508,7 +575,7 @@ def test_a_training_step_within_scopes_equals_the_undivided_one() -> None:
             factors = tap.factors(loss)
         update = editor.update(editor.transform(factors), factors)
         read = factors[layer.name].activation
-        scope = scope_of(lm, layer, metric, 0.5, [edit.edit], read)
+        scope = scope_of(lm, layer, Measure(metric, 0.5), None, [edit.edit], read)
         with overlay(lm.model, each_within(update, scope)):
             nll += [cross_entropy(logits(t), torch.tensor(t.targets)) for t in edit.equivalents]
             changed = [logits(text).log_softmax(-1) for text in edit.locality]
@@ -574,7 +641,7 @@ def test_least_squares_leave_scopes_as_they_are() -> None:
         error = {"fit": 0.0, "sum": 0.0}
         for update, rows in zip(Update.in_one_scope(updates), inputs, strict=True):
             assert update.scope is not None
-            matched = update.scope.matched(rows[editor.layers[0].name])
+            matched = update.scope.matched(rows[editor.layers[0].name])[..., 0]
             matched[0] = False
             reached = matched.cummax(0).values
             wanted = update[name].apply(rows[name], reached)

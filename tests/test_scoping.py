@@ -103,9 +103,10 @@ def test_an_edit_acts_in_texts_about_its_subject_alone(
 
 def test_an_editor_is_given_a_scope_or_another(lm: LanguageModel) -> None:
     bare = editor_for(lm, 0)
-    first = with_scope(bare, 8, 0.4)
-    second = with_scope(first, 4, 0.6)
+    first = with_scope(bare, scope=8, scope_share=0.4, scope_relation=3)
+    second = with_scope(first, scope=4, scope_share=0.6)
     assert (second.config.scope, second.config.scope_share) == (4, 0.6)
+    assert (first.config.scope_relation, second.config.scope_relation) == (3, 0)
     learned = second.state_dict()
     assert all(torch.equal(value, learned[name]) for name, value in bare.state_dict().items())
 
@@ -114,17 +115,17 @@ def test_what_has_no_scope_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(EditorError, match="no scope whose metric"):
         learn_scope(editor_for(lm, 0), EXAMPLES)
     with pytest.raises(EditorError, match="got a 'ft' editor"):
-        with_scope(FineTune.from_settings(lm, {}), 8, 0.5)
+        with_scope(FineTune.from_settings(lm, {}), scope=8)
     with pytest.raises(EditorError, match="at least 1; got 0"):
-        with_scope(editor_for(lm, 0), 0, 0.5)
+        with_scope(editor_for(lm, 0), scope=0)
     with pytest.raises(EditorError, match="a classifier model"):
-        with_scope(Mend(language_model("bert"), MendConfig(rank=4)), 8, 0.5)
+        with_scope(Mend(language_model("bert"), MendConfig(rank=4)), scope=8)
 
 
 def test_examples_that_do_not_tell_their_subject_are_refused(lm: LanguageModel) -> None:
     untold = [EditExample(prompt="where is it", target="up", paraphrases=("is it",))] * 9
     first = EditExample(prompt="B is", target="up", subject="B", paraphrases=("so B is",))
-    with pytest.raises(EditorError, match="of 12 examples 2 subjects are so"):
+    with pytest.raises(EditorError, match="2 of 12 examples can be used"):
         learn_scope(editor_for(lm), [*untold, first, *EXAMPLES[:2]])
     with pytest.raises(EditorError, match="steps must be at least 1"):
         learn_scope(editor_for(lm), EXAMPLES, steps=0)
@@ -147,6 +148,9 @@ def test_the_command_writes_a_scope_and_its_figures_into_the_card(
     data.write_text("\n".join(map(json.dumps, records)))
     command = ["scope", "--model", tiny_model, "--data", f"zsre:{data}", "--steps", "2"]
     command += ["--rank", "4", "--share", "0.4", "--examples", "30", "--out", str(tmp_path / "out")]
+    assert main([*command, "--editor", str(tmp_path / "editor")]) == 2
+    assert "0 of 30 examples can be used" in capsys.readouterr().err  # they ask one thing alone
+    command += ["--relation-rank", "0"]
     assert main([*command, "--editor", str(tmp_path / "editor")]) == 0
     assert "matched_elsewhere" in capsys.readouterr().out
     scoped = TrainableEditor.from_pretrained(tmp_path / "out", model)

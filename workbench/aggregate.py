@@ -13,7 +13,7 @@ from workbench.editors import Editor, EditRequest, Proposal
 from workbench.editors.proposals import capture_edits, joined
 from workbench.errors import EditError
 from workbench.overlay import overlay
-from workbench.scope import Scope
+from workbench.scope import Scope, in_order
 from workbench.updates import LayerUpdate, Update
 
 Aggregation = Literal["sum", "ridge", "sequence"]
@@ -118,12 +118,12 @@ def ridge(
 def _reached(update: Update, scope: Scope, inputs: Mapping[str, Tensor]) -> Tensor:
     """Which edits are in force at an edit's own tokens, `(tokens, edits)` bool."""
     matched = scope.matched(inputs[scope.layer].to(scope.keys))
-    matched[0] = False  # a first token is told by its id, which inputs do not hold
-    reached = matched.cummax(0).values
+    # A first token is told by its id, which inputs do not hold.
+    matched[0] = scope.thresholds == -torch.inf
     mine = torch.cat([layer.owner_of_each() for layer in update.values()]).unique()
     for edit in mine[mine >= 0].tolist():
-        reached[:, edit] |= ~reached[:, edit].any()  # its subject opens the text
-    return reached
+        matched[0, edit] = ~matched[:, edit].any(0)  # its subject opens the text
+    return in_order(matched)[..., -1]
 
 
 def _solved(

@@ -118,7 +118,7 @@ def train(options: argparse.Namespace) -> None:
 def scope(options: argparse.Namespace) -> None:
     """Learn the scope of a MEND editor's edits, and write the editor with it."""
     lm = _open(options)
-    editor = with_scope(open_editor(options.editor, lm), options.rank, options.share)
+    editor = with_scope(open_editor(options.editor, lm), **settings_of(Mend.config_class, options))
     split = None if options.split == "all" else options.split
     examples = [e for spec in options.data for e in _read(spec, split, options, lm)]
     with memory_errors():

@@ -1,4 +1,4 @@
-"""Scope: the texts in which an edit acts, from the token on that names what the edit is about."""
+"""Scope: the texts in which an edit acts, from the token on by which they are known."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from workbench.errors import EditError
 
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """Where in a text each edit of an update acts: from the first token on that matches its key.
+    """Where in a text each edit of an update acts: from the token on that matches its last key.
 
-    Token t with the input `x_t` of `layer` matches edit e if `key_e x_t >= threshold_e`. Nothing
-    that an update changes lies below its lowest layer, so where that is the layer looked at, live
-    edits do not decide over one another's scope. A text's first token is told by its id: what
-    models hold there is nearly the same for every token (attention sinks, Xiao et al. 2024).
+    Token t with the input `x_t` of `layer` matches key k of edit e if
+    `key_ek x_t >= threshold_ek`, where each key before k has been matched at t or earlier: what
+    the edit is about, then what it asks of that. Nothing that an update changes lies below its
+    lowest layer, so where that is the layer looked at, live edits do not decide over one another's
+    scope. A text's first token is told by its id: what models hold there is nearly the same for
+    every token (attention sinks, Xiao et al. 2024).
 
     Args:
         layer: Name of the layer whose input is looked at.
-        keys: `(..., edits, in)`.
-        thresholds: `(..., edits)`; minus infinity: the edit acts everywhere.
-        openings: Ids of the tokens that match as a text's first, `(..., edits)`; -1: none.
+        keys: `(..., edits, keys, in)`.
+        thresholds: `(..., edits, keys)`; minus infinity: every token matches.
+        openings: Ids of the tokens that match an edit's first key as a text's first,
+            `(..., edits)`; -1: none.
 
     A leading axis, where there is one, holds another scope for each sequence of a batch.
     """
@@ -37,19 +41,25 @@ class Scope:
     openings: Tensor
 
     def __post_init__(self) -> None:
-        if not self.keys.shape[:-1] == self.thresholds.shape == self.openings.shape:
+        shape = self.keys.shape[:-1]
+        if (
+            len(shape) < 2
+            or not shape == self.thresholds.shape
+            or shape[:-1] != self.openings.shape
+        ):
             raise EditError(
-                f"A scope has a threshold and an opening for each key, "
-                f"{tuple(self.keys.shape[:-1])}; got {tuple(self.thresholds.shape)} and "
-                f"{tuple(self.openings.shape)}."
+                f"A scope's keys are (..., edits, keys, in), with a threshold for each and an "
+                f"opening for each edit; got {tuple(self.keys.shape)}, "
+                f"{tuple(self.thresholds.shape)} and {tuple(self.openings.shape)}."
             )
 
     def __len__(self) -> int:
-        return self.keys.shape[-2]
+        return self.keys.shape[-3]
 
     def matched(self, inputs: Tensor) -> Tensor:
-        """Which edits each token matches, `(batch, tokens, in)` -> `(batch, tokens, edits)`."""
-        return inputs @ self.keys.mT >= self.thresholds.unsqueeze(-2)
+        """Which keys each token matches, `(..., tokens, in)` -> `(..., tokens, edits, keys)`."""
+        found = inputs @ self.keys.flatten(-3, -2).mT
+        return found.unflatten(-1, self.keys.shape[-3:-1]) >= self.thresholds.unsqueeze(-3)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Scope:
         """Apply a function to keys and thresholds; openings follow to another device alone."""
@@ -73,12 +83,24 @@ class Scope:
             )
         if len(scopes) == 1:
             return scopes[0]
-        return cls(
-            looked_at[0],
-            torch.cat([scope.keys for scope in scopes], -2),
-            torch.cat([scope.thresholds for scope in scopes], -1),
-            torch.cat([scope.openings for scope in scopes], -1),
-        )
+        most = max(scope.keys.shape[-2] for scope in scopes)
+        keys = [pad(scope.keys, (0, 0, 0, most - scope.keys.shape[-2])) for scope in scopes]
+        thresholds = [
+            pad(scope.thresholds, (0, most - scope.keys.shape[-2]), value=-torch.inf)
+            for scope in scopes
+        ]
+        openings = torch.cat([scope.openings for scope in scopes], -1)
+        return cls(looked_at[0], torch.cat(keys, -3), torch.cat(thresholds, -2), openings)
+
+
+def in_order(matched: Tensor) -> Tensor:
+    """How far each token has come: which keys it or one before it matched, those before them too,
+    `(..., tokens, edits, keys)` bool."""
+    keys = matched.unbind(-1)
+    reached = [keys[0].cummax(-2).values]
+    for key in keys[1:]:
+        reached.append((key & reached[-1]).cummax(-2).values)
+    return torch.stack(reached, -1)
 
 
 class Reading:
@@ -95,7 +117,8 @@ class Reading:
     def __init__(self, scope: Scope, reached: Tensor | None = None) -> None:
         self.scope, self.reached = scope, reached
         self._start = 0  # tokens in the cache before the present pass
-        self._first: Tensor | None = None  # (batch, edits): place of the first match in them
+        self._first: Tensor | None = None  # (batch, edits, keys): where in them each is reached
+        self._far: Tensor | None = None  # (batch, tokens, edits, keys): reached in this pass
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._kept: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
@@ -116,31 +139,34 @@ class Reading:
             )
         scope = self.scope = self.scope.map(lambda tensor: tensor.to(inputs.device))
         matched = scope.matched(inputs.to(scope.keys))
-        read = torch.ones_like(matched[..., 0])
+        read = torch.ones_like(matched[..., 0, 0])
         if self._mask is not None and self._mask.dim() == 2:
             read = self._mask[:, -inputs.shape[1] :].bool().to(inputs.device)
-            matched &= read.unsqueeze(-1)
+            matched &= read[..., None, None]
         if self._first is not None:
             matched[:, 0] |= (self._first < self._start).to(inputs.device)
         elif not self._start and self._ids is not None:
-            opened = self._ids.to(inputs.device).unsqueeze(-1) == scope.openings.unsqueeze(-2)
-            opened |= scope.thresholds.unsqueeze(-2) == -torch.inf
+            always = (scope.thresholds == -torch.inf).unsqueeze(-3).expand_as(matched).clone()
+            always[..., 0] |= self._ids.to(inputs.device).unsqueeze(-1) == scope.openings.unsqueeze(
+                -2
+            )
             first = read & (read.cumsum(1) == 1)
-            matched = torch.where(first.unsqueeze(-1), opened, matched)
-        self.reached = matched.cummax(1).values
+            matched = torch.where(first[..., None, None], always, matched)
+        self._far = in_order(matched)
+        self.reached = self._far[..., -1]
 
     def end(self, output: Any) -> None:
         """The forward pass is over, or has failed."""
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.reached is not None:
-            place = self._start + self.reached.int().argmax(1)
-            first = place.masked_fill(~self.reached[:, -1], torch.iinfo(place.dtype).max)
+        if cache is not None and self._far is not None:
+            place = self._start + self._far.int().argmax(1)
+            first = place.masked_fill(~self._far[:, -1], torch.iinfo(place.dtype).max)
             if self._first is not None:
                 first = first.minimum(self._first.to(first.device))
             if cache not in self._kept:
                 self._follow_beams(cache)
             self._kept[cache] = first
-        self._start, self._first, self._ids, self._mask = 0, None, None, None
+        self._start, self._first, self._far, self._ids, self._mask = 0, None, None, None, None
 
     def _follow_beams(self, cache: Any) -> None:
         """Have a cache reorder what is kept beside it along with its own rows."""

@@ -171,7 +171,7 @@ def _edit(place: int, item: dict[str, Any], tensors: Mapping[str, Tensor]) -> Sa
         },
         _scope(place, tensors),
     )
-    for factor in update.tensors():
+    for factor in Update(update.layers).tensors():
         if factor.dtype not in DENSE or factor.dim() > 2:
             raise ValueError(f"a factor of {factor.dtype} and shape {tuple(factor.shape)}")
     if not update.is_finite():
@@ -200,9 +200,12 @@ def _scope(place: int, tensors: Mapping[str, Tensor]) -> Scope | None:
     keys, thresholds, openings = (
         tensors[f"{prefix}{part}.{layer}"] for part in ("keys", "thresholds", "openings")
     )
+    scope = Scope(layer, keys, thresholds, openings)
     if openings.dtype != torch.int64 or not keys.isfinite().all() or thresholds.isnan().any():
         raise ValueError("a scope of other numbers")
-    return Scope(layer, keys, thresholds, openings)
+    if keys.dtype not in DENSE or keys.dim() != 3:
+        raise ValueError(f"a scope of {keys.dtype} and shape {tuple(keys.shape)}")
+    return scope
 
 
 def _of(kind: type[Kind], value: object) -> Kind:

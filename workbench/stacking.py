@@ -91,11 +91,15 @@ def _stacked_scope(updates: Sequence[Update | None]) -> Scope | None:
         return None
     layer = Scope.side_by_side(scopes).layer
     edits, model = max(map(len, scopes)), scopes[0].keys
-    keys = model.new_zeros(len(updates), edits, model.shape[-1])
-    thresholds = model.new_full((len(updates), edits), torch.inf)
+    most = max(scope.keys.shape[-2] for scope in scopes)
+    keys = model.new_zeros(len(updates), edits, most, model.shape[-1])
+    thresholds = model.new_full((len(updates), edits, most), torch.inf)
     openings = scopes[0].openings.new_full((len(updates), edits), -1)
     for row, scope in enumerate(found):
         if scope is not None:
-            keys[row, : len(scope)], thresholds[row, : len(scope)] = scope.keys, scope.thresholds
+            count = scope.keys.shape[-2]
+            keys[row, : len(scope), :count] = scope.keys
+            thresholds[row, : len(scope), :count] = scope.thresholds
+            thresholds[row, : len(scope), count:] = -torch.inf
             openings[row, : len(scope)] = scope.openings
     return Scope(layer, keys, thresholds, openings)

@@ -24,7 +24,7 @@ from workbench.editors.proposals import (
     side_by_side,
     texts_of,
 )
-from workbench.editors.scoping import about, scope_of
+from workbench.editors.scoping import Measure, about, scope_of
 from workbench.errors import EditorError
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
@@ -62,6 +62,10 @@ class MendConfig:
             those alone, from its subject on (`scoping.scope_of`). Decoders only; the metric is
             learned apart, from texts (`training.scoping`). 0: no scope (the paper).
         scope_share: How much of the match with an edit's own subject is enough.
+        scope_relation: Rank of the metric by which texts that ask what the edit's prompt asks are
+            known, learned likewise; within the scope an edit then acts from where a text asks
+            that. 0: whatever is asked about the subject.
+        scope_relation_share: How much of the match with the edit's own prompt is enough.
         sum_tokens: Edit with the gradient of the whole target's negative log-likelihood, summed
             over its tokens; False: of the mean by token (the published code), by which each token
             of a long target has less.
@@ -86,6 +90,8 @@ class MendConfig:
     gate: float = 0.0
     scope: int = 0
     scope_share: float = 0.5
+    scope_relation: int = 0
+    scope_relation_share: float = 0.4
     sum_tokens: bool = False
     rounds: int = 1
     later_strength: float = 0.15
@@ -96,10 +102,17 @@ class MendConfig:
             raise EditorError(f"rank must be at least 1; got {self.rank}.")
         if not 0 <= self.gate < 1:
             raise EditorError(f"gate is a share, 0 (no gate) to below 1; got {self.gate}.")
-        if self.scope < 0:
-            raise EditorError(f"scope is a rank, 0 (no scope) or more; got {self.scope}.")
-        if not 0 < self.scope_share < 1:
-            raise EditorError(f"scope_share lies between 0 and 1; got {self.scope_share}.")
+        for name in ("scope", "scope_relation"):
+            rank, share = getattr(self, name), getattr(self, f"{name}_share")
+            if rank < 0:
+                raise EditorError(f"{name} is a rank, 0 (none) or more; got {rank}.")
+            if not 0 < share < 1:
+                raise EditorError(f"{name}_share lies between 0 and 1; got {share}.")
+        if self.scope_relation and not self.scope:
+            raise EditorError(
+                f"scope_relation is {self.scope_relation}, but what a text asks is looked at "
+                f"within a scope alone. Give scope a rank as well, such as 128."
+            )
         if self.rounds < 1:
             raise EditorError(f"rounds must be at least 1; got {self.rounds}.")
         if not 0 < self.confidence < 1:
@@ -149,9 +162,11 @@ class Mend(TrainableEditor):
                     f"A scope follows a text from its subject on, as decoders read; {lm.source} is "
                     f"a {lm.kind} model. Leave scope out."
                 )
-            self.register_buffer(
-                "scope_metric", torch.zeros(self.config.scope, self.layers[0].in_features)
-            )
+            width = self.layers[0].in_features
+            self.register_buffer("scope_metric", torch.zeros(self.config.scope, width))
+            if self.config.scope_relation:
+                size = self.config.scope_relation, width
+                self.register_buffer("relation_metric", torch.zeros(size))
         self._settle()
 
     @property
@@ -289,9 +304,13 @@ class Mend(TrainableEditor):
     def _scope(self, edits: CapturedEdits) -> Scope | None:
         if not self.scoped:
             return None
-        layer, metric = self.layers[0], self.get_buffer("scope_metric")
-        inputs = edits.factors[layer.name].activation.to(metric)
-        return scope_of(self.lm, layer, metric, self.config.scope_share, edits.tokens, inputs)
+        layer, config = self.layers[0], self.config
+        subjects, relations = Measure(self.get_buffer("scope_metric"), config.scope_share), None
+        if config.scope_relation:
+            metric = self.get_buffer("relation_metric")
+            relations = Measure(metric, config.scope_relation_share)
+        inputs = edits.factors[layer.name].activation.to(subjects.metric)
+        return scope_of(self.lm, layer, subjects, relations, edits.tokens, inputs)
 
     def _proposal(
         self,
@@ -336,22 +355,26 @@ class Mend(TrainableEditor):
 
         Args:
             settings: Of those that leave the networks' shapes alone: `rounds`, `later_strength`
-                and `confidence`; `scope_share`; `scope`, to none or where there is none yet, and
-                so `gate`; `sum_tokens`, which makes it gather its running statistics anew.
+                and `confidence`; `scope_share` and `scope_relation_share`; `scope` and
+                `scope_relation`, to none or where there is none yet, and so `gate`; `sum_tokens`,
+                which makes it gather its running statistics anew.
 
         Raises:
             EditorError: Another setting is to change.
         """
+        if settings.get("scope") == 0:
+            settings = {"scope_relation": 0, **settings}
         new = {k: v for k, v in settings.items() if getattr(self.config, k) != v}
-        free = {"gate", "scope", "scope_share", "sum_tokens"}
-        free |= {"rounds", "later_strength", "confidence"}
-        another = self.config.scope and new.get("scope")
+        ranks = {"scope", "scope_relation"}
+        free = {"gate", "sum_tokens", "rounds", "later_strength", "confidence"}
+        free |= ranks | {f"{rank}_share" for rank in ranks}
+        another = any(getattr(self.config, rank) and new.get(rank) for rank in ranks)
         if new.keys() - free or another or ("gate" in new and self.config.gate):
             raise EditorError(
                 f"An editor that was trained cannot go on with {new}: of its settings only "
-                f"sum_tokens, rounds, later_strength, confidence and scope_share can change, a "
-                f"gate or a scope be added, and a scope dropped. Leave the others out, or train a "
-                f"new editor."
+                f"sum_tokens, rounds, later_strength, confidence, scope_share and "
+                f"scope_relation_share can change, a gate, a scope or its relation be added, and "
+                f"these two dropped. Leave the others out, or train a new editor."
             )
         twin = Mend(self.lm, replace(self.config, **new))
         twin.load_state_dict(self.state_dict(), strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,42 +41,69 @@ def about(lm: LanguageModel, text: Tokens, prompt: str, subject: str | None = No
     return replace(text, subject=span_of(lm, prompt, found) if found else None)
 
 
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """How a layer's inputs are compared with an edit's own.
+
+    With a the edit's and M the metric, a token with the input x matches if
+    `(M a)^T (M x) >= share |M a|^2`.
+
+    Args:
+        metric: M, `(rank, in)`.
+        share: How much of the match with the edit's own is enough.
+    """
+
+    metric: Tensor
+    share: float
+
+    def keys(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, `(edits, in)`, and thresholds, `(edits,)`, of edits' own inputs, `(edits, in)`;
+        zeros stand for an edit that every token matches."""
+        known = own @ self.metric.mT
+        match = (known * known).sum(-1)
+        return known @ self.metric, (self.share * match).masked_fill(match == 0, -torch.inf)
+
+
 @torch.no_grad()
 def scope_of(
     lm: LanguageModel,
     layer: EditableLayer,
-    metric: Tensor,
-    share: float,
+    subjects: Measure,
+    relations: Measure | None,
     texts: Sequence[Tokens],
     inputs: Tensor,
 ) -> Scope:
-    """The scope of edits: the texts that name what they are about.
+    """The scope of edits: the texts that name what they are about and ask for the same of it.
 
-    With a the layer's input at the subject's last token and M the metric, a token with the input
-    x matches if `(M a)^T (M x) >= share |M a|^2`. An edit whose subject is not told acts
-    everywhere.
+    The first key is what the layer reads at the subject's last token, the second what it reads at
+    the prompt's, from which the answer is told. Every text names a subject that is not told.
 
     Args:
         lm: The model.
         layer: The lowest that is edited.
-        metric: M, `(rank, in)`.
-        share: How much of the match with the edit's own subject is enough.
+        subjects: Compares subjects.
+        relations: Compares what is asked; None: whatever is asked about the subject.
         texts: The edits, told what they are `about`.
         inputs: What the layer reads of them, `(edits, tokens, in)`.
     """
-    rows = metric.new_zeros(len(texts), layer.in_features)
-    openings = torch.full((len(texts),), -1, device=metric.device)
+    names = subjects.metric.new_zeros(len(texts), layer.in_features)
+    ends = torch.zeros_like(names)
+    openings = torch.full((len(texts),), -1, device=names.device)
     for place, text in enumerate(texts):
+        end = len(text.ids) - len(text.targets)
+        if relations is not None and end:
+            ends[place] = inputs[place, end]
         if text.subject is None:
             continue
         first, last = text.subject
         name = str(lm.tokenizer.decode(list(text.ids[first : last + 1]))).strip()
         openings[place] = text.ids[0] if last == 0 else _opening(lm, name)
-        rows[place] = inputs[place, last] if last else _elsewhere(lm, layer, name)
-    known = rows @ metric.mT
-    own = (known * known).sum(-1)
-    thresholds = (share * own).masked_fill(own == 0, -torch.inf)
-    return Scope(layer.name, known @ metric, thresholds, openings)
+        names[place] = inputs[place, last] if last else _elsewhere(lm, layer, name)
+    found = [subjects.keys(names)]
+    if relations is not None:
+        found.append(relations.keys(ends))
+    keys, thresholds = zip(*found, strict=True)
+    return Scope(layer.name, torch.stack(keys, -2), torch.stack(thresholds, -1), openings)
 
 
 def _opening(lm: LanguageModel, name: str) -> int:
