@@ -55,7 +55,12 @@ def inputs_of(lm: LanguageModel, ids: Tensor) -> Tensor:
 
 
 def scope_at(
-    lm: LanguageModel, ids: Tensor, place: int = NAMED, opening: int = -1, then: int | None = None
+    lm: LanguageModel,
+    ids: Tensor,
+    place: int = NAMED,
+    opening: int = -1,
+    then: int | None = None,
+    length: int = 0,
 ) -> Scope:
     """A scope that this text reaches at one place, or then at another, and others practically not
     at all."""
@@ -64,7 +69,7 @@ def scope_at(
         lowest(lm),
         (keys / keys.square().sum(-1, keepdim=True))[None],
         torch.full((1, len(keys)), 1 - 1e-6, dtype=keys.dtype),
-        torch.tensor([opening]),
+        *(torch.tensor([opening]), torch.tensor([length])),
     )
 
 
@@ -83,12 +88,14 @@ def under(lm: LanguageModel, update: Update | None, ids: Tensor, **inputs: Any) 
         return logits_of(lm.model, {"input_ids": ids, **inputs})
 
 
-def by_hand(lm: LanguageModel, update: Update, ids: Tensor, starts: list[int | None]) -> Tensor:
-    """The dense change, added to each row's outputs from a given token on."""
+def by_hand(
+    lm: LanguageModel, update: Update, ids: Tensor, starts: list[int | None], length: int = 99
+) -> Tensor:
+    """The dense change, added to each row's outputs from a given token on, for some tokens."""
     acts = torch.zeros(ids.shape, dtype=torch.float64)
     for row, start in enumerate(starts):
         if start is not None:
-            acts[row, start:] = 1
+            acts[row, start : start + length] = 1
 
     def adding(change: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -173,9 +180,26 @@ def test_an_edit_of_two_keys_acts_from_where_the_second_follows_the_first(
     assert_exact(under(lm, opened, ids), by_hand(lm, opened, ids, [2, 2, None]))
 
 
+def test_an_edit_acts_for_as_many_tokens_as_its_answer_has(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0], then=5, length=2)
+    longer = scoped(lm, ids[0], then=5, length=9)
+    found = under(lm, update, ids)
+    assert_exact(found[0, :7], under(lm, longer, ids)[0, :7])
+    assert torch.equal(under(lm, longer, ids), under(lm, scoped(lm, ids[0], then=5), ids))
+    assert_exact(found, by_hand(lm, update, ids, [5, None, None], length=2))
+    # What matches once more begins anew; what comes before the first key does not count.
+    matched = torch.zeros(16, 1, 2, dtype=torch.bool)
+    matched[3, 0, 0] = True
+    matched[[1, 5, 6, 12], 0, 1] = True
+    assert update.scope is not None
+    acts = update.scope.in_force(matched).squeeze(-1).nonzero().squeeze(-1)
+    assert acts.tolist() == [5, 6, 7, 12, 13]
+
+
 def test_scopes_of_one_key_and_of_two_live_together(lm: LanguageModel) -> None:
     ids = texts(lm)
-    one, two = scoped(lm, ids[0]), scoped(lm, ids[0], 1, then=6)
+    one, two = scoped(lm, ids[0]), scoped(lm, ids[0], 1, then=6, length=1)
     total = one + two
     assert total.scope is not None
     assert total.scope.keys.shape[:2] == (2, 2)
@@ -184,18 +208,19 @@ def test_scopes_of_one_key_and_of_two_live_together(lm: LanguageModel) -> None:
     assert_exact(stacked, torch.stack(alone))
     assert_exact(alone[2][:6], alone[0][:6])
     assert not torch.allclose(alone[2][6:], alone[0][6:], atol=1e-3)
+    assert total.scope.lengths.tolist() == [0, 1]
 
 
 # --- in pieces -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("then", [None, 5])
+@pytest.mark.parametrize(("then", "length"), [(None, 0), (5, 0), (5, 2)])
 @pytest.mark.parametrize("cuts", [(4,), (2, 3, 4, 6), (1, 2, 3, 4, 5, 6, 7)], ids=str)
 def test_a_text_read_in_pieces_is_in_scope_as_when_read_at_once(
-    lm: LanguageModel, cuts: tuple[int, ...], then: int | None
+    lm: LanguageModel, cuts: tuple[int, ...], then: int | None, length: int
 ) -> None:
     ids = texts(lm)
-    update = scoped(lm, ids[0], opening=int(ids[2, 0]), then=then)
+    update = scoped(lm, ids[0], opening=int(ids[2, 0]), then=then, length=length)
     whole, cache, found = under(lm, update, ids), None, []
     with overlay(lm.model, update), torch.no_grad():
         for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
@@ -223,10 +248,10 @@ def test_what_is_cut_from_a_cache_is_out_of_scope_again(lm: LanguageModel, first
         assert_exact(again, under(lm, update, ids[:1])[:, NAMED:])
 
 
-@pytest.mark.parametrize("then", [None, 8])
+@pytest.mark.parametrize(("then", "length"), [(None, 0), (8, 0), (8, 2)])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_a_cache_is_that_without(
-    lm: LanguageModel, beams: int, then: int | None
+    lm: LanguageModel, beams: int, then: int | None, length: int
 ) -> None:
     ids = texts(lm)[:, :6]
     options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
@@ -234,7 +259,7 @@ def test_generation_with_a_cache_is_that_without(
     model: Any = lm.model
     # Reached by what some beam writes, not by the prompts.
     written = model.generate(ids, **options)
-    update = scoped(lm, written[0], place=7, then=then)
+    update = scoped(lm, written[0], place=7, then=then, length=length)
     with overlay(model, update):
         found = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
     assert torch.equal(*found)
@@ -317,8 +342,8 @@ def test_what_is_in_scope_is_no_change_of_the_weights(lm: LanguageModel, tmp_pat
 
 
 def test_parts_of_other_shapes_are_refused() -> None:
-    with pytest.raises(EditError, match="a threshold for each and an opening for each edit"):
-        Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2))
+    with pytest.raises(EditError, match="for each edit an opening and a length"):
+        Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2), torch.ones(2))
     with pytest.raises(EditError, match=r"one owner a term, \(2,\); got \(1,\)"):
         LayerUpdate(torch.ones(2, 3), torch.ones(2, 3), owners=torch.zeros(1, dtype=torch.long))
 
@@ -334,7 +359,7 @@ def test_tokens_of_all_sequences_in_one_axis_are_refused() -> None:
     moe = in_double(language_model("qwen2_moe"))
     layer = next(layer for layer in editable(moe) if "shared_expert" in layer.name)
     key = torch.ones(1, layer.in_features, dtype=torch.float64)
-    scope = Scope(layer.name, key[None], torch.ones(1, 1), torch.tensor([-1]))
+    scope = Scope(layer.name, key[None], torch.ones(1, 1), torch.tensor([-1]), torch.tensor([0]))
     update = within(random_update([layer], dtype=torch.float64), scope)
     with pytest.raises(EditError, match="mixtures of experts"):
         under(moe, update, batch_for(moe.model)["input_ids"])
@@ -406,6 +431,8 @@ def test_an_edits_own_text_is_in_scope_from_its_prompts_end_on() -> None:
     read = inputs_of_prompt(editor.lm, update.scope.layer)[-1]
     torch.testing.assert_close(keys[1], relation.T @ (relation @ read))
     torch.testing.assert_close(thresholds[1], 0.3 * (relation @ read).square().sum())
+    targets = len(editor.lm.tokenizer(f" {ASKED.target}")["input_ids"])
+    assert update.scope.lengths.tolist() == [targets]
     without = editor.changed(scope_relation=0).propose([ASKED]).update.scope
     assert without is not None
     assert torch.equal(without.keys[0, 0], keys[0])
@@ -532,7 +559,7 @@ def test_a_session_brings_scopes_back(tmp_path: Path) -> None:
     one, other = bench.update.scope, again.update.scope
     assert one is not None
     assert other is not None
-    for part in ("layer", "keys", "thresholds", "openings"):
+    for part in ("layer", "keys", "thresholds", "openings", "lengths"):
         assert str(getattr(one, part)) == str(getattr(other, part))
     for name, layer in bench.update.items():
         assert torch.equal(layer.owner_of_each(), again.update[name].owner_of_each())

@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     scope.add_argument(
         *("--relation-share",),
-        **{"type": float, "default": 0.4, "dest": "scope_relation_share"},
-        help="as --share (0.4)",
+        **{"type": float, "default": 0.5, "dest": "scope_relation_share"},
+        help="as --share (0.5)",
     )
     scope.add_argument("--steps", type=int, default=1500)
     scope.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ from workbench.editors import Editor, EditRequest, Proposal
 from workbench.editors.proposals import capture_edits, joined
 from workbench.errors import EditError
 from workbench.overlay import overlay
-from workbench.scope import Scope, in_order
+from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
 
 Aggregation = Literal["sum", "ridge", "sequence"]
@@ -123,7 +123,7 @@ def _reached(update: Update, scope: Scope, inputs: Mapping[str, Tensor]) -> Tens
     mine = torch.cat([layer.owner_of_each() for layer in update.values()]).unique()
     for edit in mine[mine >= 0].tolist():
         matched[0, edit] = ~matched[:, edit].any(0)  # its subject opens the text
-    return in_order(matched)[..., -1]
+    return scope.in_force(matched)
 
 
 def _solved(

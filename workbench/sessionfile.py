@@ -24,6 +24,7 @@ from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
 
 _FILE = "session.safetensors"
+_SCOPE = ("keys", "thresholds", "openings", "lengths")
 Kind = TypeVar("Kind")
 
 
@@ -108,8 +109,8 @@ def write_session(
             if layer.owners is not None:
                 tensors[f"{place}.owners.{name}"] = layer.owners.contiguous()
         if (scope := edit.update.scope) is not None:
-            for part in ("keys", "thresholds", "openings"):
-                tensors[f"{place}.scope.{part}.{scope.layer}"] = getattr(scope, part).contiguous()
+            for part, tensor in zip(_SCOPE, scope.parts(), strict=True):
+                tensors[f"{place}.scope.{part}.{scope.layer}"] = tensor.contiguous()
         listed.append(
             {
                 "requests": as_json(edit.requests),
@@ -197,11 +198,11 @@ def _scope(place: int, tensors: Mapping[str, Tensor]) -> Scope | None:
     if not found:
         return None
     layer = found[0].partition(".")[2]
-    keys, thresholds, openings = (
-        tensors[f"{prefix}{part}.{layer}"] for part in ("keys", "thresholds", "openings")
-    )
-    scope = Scope(layer, keys, thresholds, openings)
-    if openings.dtype != torch.int64 or not keys.isfinite().all() or thresholds.isnan().any():
+    scope = Scope(layer, *(tensors[f"{prefix}{part}.{layer}"] for part in _SCOPE))
+    keys, thresholds, *counts = scope.parts()
+    if any(part.dtype != torch.int64 for part in counts) or not keys.isfinite().all():
+        raise ValueError("a scope of other numbers")
+    if thresholds.isnan().any() or bool((scope.lengths < 0).any()):
         raise ValueError("a scope of other numbers")
     if keys.dtype not in DENSE or keys.dim() != 3:
         raise ValueError(f"a scope of {keys.dtype} and shape {tuple(keys.shape)}")

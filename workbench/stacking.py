@@ -20,12 +20,11 @@ def each_within(update: Update, scope: Scope) -> Update:
         update: Of a batch.
         scope: With one edit for each sequence, in order.
     """
-    parts = (scope.keys, scope.thresholds, scope.openings)
     layers = {
         name: replace(layer, owners=torch.zeros_like(layer.owner_of_each()))
         for name, layer in update.items()
     }
-    return Update(layers, Scope(scope.layer, *(part.unsqueeze(1) for part in parts)))
+    return Update(layers, Scope(scope.layer, *(part.unsqueeze(1) for part in scope.parts())))
 
 
 def of_sequences(update: Update, places: int | Tensor) -> Update:
@@ -40,8 +39,7 @@ def of_sequences(update: Update, places: int | Tensor) -> Update:
 
     scope = update.scope
     if scope is not None:
-        parts = (scope.keys, scope.thresholds, scope.openings)
-        scope = Scope(scope.layer, *map(pick, parts))
+        scope = Scope(scope.layer, *map(pick, scope.parts()))
     return Update({name: picked(layer) for name, layer in update.items()}, scope)
 
 
@@ -95,6 +93,7 @@ def _stacked_scope(updates: Sequence[Update | None]) -> Scope | None:
     keys = model.new_zeros(len(updates), edits, most, model.shape[-1])
     thresholds = model.new_full((len(updates), edits, most), torch.inf)
     openings = scopes[0].openings.new_full((len(updates), edits), -1)
+    lengths = torch.zeros_like(openings)
     for row, scope in enumerate(found):
         if scope is not None:
             count = scope.keys.shape[-2]
@@ -102,4 +101,5 @@ def _stacked_scope(updates: Sequence[Update | None]) -> Scope | None:
             thresholds[row, : len(scope), :count] = scope.thresholds
             thresholds[row, : len(scope), count:] = -torch.inf
             openings[row, : len(scope)] = scope.openings
-    return Scope(layer, keys, thresholds, openings)
+            lengths[row, : len(scope)] = scope.lengths
+    return Scope(layer, keys, thresholds, openings, lengths)

@@ -91,7 +91,7 @@ class MendConfig:
     scope: int = 0
     scope_share: float = 0.5
     scope_relation: int = 0
-    scope_relation_share: float = 0.4
+    scope_relation_share: float = 0.5
     sum_tokens: bool = False
     rounds: int = 1
     later_strength: float = 0.15

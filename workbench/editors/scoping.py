@@ -76,7 +76,8 @@ def scope_of(
     """The scope of edits: the texts that name what they are about and ask for the same of it.
 
     The first key is what the layer reads at the subject's last token, the second what it reads at
-    the prompt's, from which the answer is told. Every text names a subject that is not told.
+    the prompt's, from which the answer is told; with it an edit acts for as many tokens as its
+    target has. Every text names a subject that is not told.
 
     Args:
         lm: The model.
@@ -89,10 +90,11 @@ def scope_of(
     names = subjects.metric.new_zeros(len(texts), layer.in_features)
     ends = torch.zeros_like(names)
     openings = torch.full((len(texts),), -1, device=names.device)
+    lengths = torch.zeros_like(openings)
     for place, text in enumerate(texts):
         end = len(text.ids) - len(text.targets)
         if relations is not None and end:
-            ends[place] = inputs[place, end]
+            ends[place], lengths[place] = inputs[place, end], len(text.targets)
         if text.subject is None:
             continue
         first, last = text.subject
@@ -103,7 +105,7 @@ def scope_of(
     if relations is not None:
         found.append(relations.keys(ends))
     keys, thresholds = zip(*found, strict=True)
-    return Scope(layer.name, torch.stack(keys, -2), torch.stack(thresholds, -1), openings)
+    return Scope(layer.name, torch.stack(keys, -2), torch.stack(thresholds, -1), openings, lengths)
 
 
 def _opening(lm: LanguageModel, name: str) -> int:

@@ -12,7 +12,7 @@ from workbench.encoding import Batch, Tokens, as_read, collate, encode, reads_at
 from workbench.models import LanguageModel
 from workbench.views import LayerInputs
 
-_AT_ONCE = 64  # texts of a forward pass
+_AT_ONCE = {"cpu": 64}  # texts of a forward pass, by device
 
 
 def tokens_of(lm: LanguageModel, prompt: str | None, subject: str | None = None) -> Tokens | None:
@@ -32,8 +32,9 @@ def read_of(
 ) -> Iterator[tuple[list[Tokens], Batch, Tensor]]:
     """What the layer reads of texts, in batches of like lengths."""
     order = sorted(texts, key=lambda text: len(text.ids))
-    for start in tqdm(range(0, len(order), _AT_ONCE), desc="inputs", disable=None):
-        some = order[start : start + _AT_ONCE]
+    count = _AT_ONCE.get(inputs.lm.device.type, 512)
+    for start in tqdm(range(0, len(order), count), desc="inputs", disable=None):
+        some = order[start : start + count]
         batch = collate(inputs.lm, some)
         yield some, batch, inputs(batch)
 
