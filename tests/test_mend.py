@@ -285,11 +285,15 @@ def test_a_gate_starts_at_its_share():
     assert editor_for("llama").gate_logits is None
 
 
-def test_a_gate_is_put_on_what_has_been_learned():
+def test_a_gate_is_put_on_what_has_been_learned_and_taken_off():
     editor = stirred(editor_for("llama"))
     gated, factors = editor.changed(gate=0.25), factors_of(editor)
     ours, theirs = (e.update(e.transform(factors), factors) for e in (editor, gated))
     assert theirs.gated
+    free = gated.changed(gate=0.0)
+    assert free.gate_logits is None
+    again = free.update(free.transform(factors), factors)
+    assert all(torch.equal(again[name].B, layer.B) for name, layer in ours.items())
     for name, layer in theirs.items():
         assert torch.equal(layer.dense(), ours[name].dense())
 

@@ -486,7 +486,7 @@ def test_without_its_scope_an_editor_is_what_it_was() -> None:
     assert torch.equal(
         under(editor.lm, again.propose([ASKED]).update, ids), under(editor.lm, update, ids)
     )
-    with pytest.raises(EditorError, match="these two dropped"):
+    with pytest.raises(EditorError, match="added or dropped"):
         editor.changed(scope=8)
 
 

@@ -355,9 +355,9 @@ class Mend(TrainableEditor):
 
         Args:
             settings: Of those that leave the networks' shapes alone: `rounds`, `later_strength`
-                and `confidence`; `scope_share` and `scope_relation_share`; `scope` and
-                `scope_relation`, to none or where there is none yet, and so `gate`; `sum_tokens`,
-                which makes it gather its running statistics anew.
+                and `confidence`; `scope_share` and `scope_relation_share`; `scope`,
+                `scope_relation` and `gate`, to none or where there is none yet; `sum_tokens`, which
+                makes it gather its running statistics anew.
 
         Raises:
             EditorError: Another setting is to change.
@@ -365,16 +365,16 @@ class Mend(TrainableEditor):
         if settings.get("scope") == 0:
             settings = {"scope_relation": 0, **settings}
         new = {k: v for k, v in settings.items() if getattr(self.config, k) != v}
-        ranks = {"scope", "scope_relation"}
-        free = {"gate", "sum_tokens", "rounds", "later_strength", "confidence"}
-        free |= ranks | {f"{rank}_share" for rank in ranks}
-        another = any(getattr(self.config, rank) and new.get(rank) for rank in ranks)
-        if new.keys() - free or another or ("gate" in new and self.config.gate):
+        parts = {"gate", "scope", "scope_relation"}
+        free = {"sum_tokens", "rounds", "later_strength", "confidence"}
+        free |= parts | {"scope_share", "scope_relation_share"}
+        another = any(getattr(self.config, part) and new.get(part) for part in parts)
+        if new.keys() - free or another:
             raise EditorError(
                 f"An editor that was trained cannot go on with {new}: of its settings only "
                 f"sum_tokens, rounds, later_strength, confidence, scope_share and "
-                f"scope_relation_share can change, a gate, a scope or its relation be added, and "
-                f"these two dropped. Leave the others out, or train a new editor."
+                f"scope_relation_share can change, a gate, a scope and its relation be added or "
+                f"dropped. Leave the others out, or train a new editor."
             )
         twin = Mend(self.lm, replace(self.config, **new))
         twin.load_state_dict(self.state_dict(), strict=False)
