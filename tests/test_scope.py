@@ -78,7 +78,7 @@ def within(update: Update, scope: Scope, edit: int = 0) -> Update:
     return Update({n: replace(layer, owners=owners[n]) for n, layer in update.items()}, scope)
 
 
-def scoped(lm: LanguageModel, ids: Tensor, seed: int = 0, **options: int | None) -> Update:
+def scoped(lm: LanguageModel, ids: Tensor, seed: int = 0, **options: Any) -> Update:
     update = random_update(editable(lm), seed, dtype=torch.float64) * 4
     return within(update, scope_at(lm, ids, **options))
 
