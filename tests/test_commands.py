@@ -207,7 +207,7 @@ def test_figures_stay_with_what_they_are_of(tiny_model: str, tmp_path: Path) -> 
         assert ("evaluation" in card) is kept
 
 
-def test_an_editor_is_packed_with_more_rounds(
+def test_an_editor_is_packed_with_more_rounds_and_other_shares(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--model", tiny_model, "--data", "facts", "--limit", "9", *SETTINGS[2:]]
@@ -215,10 +215,12 @@ def test_an_editor_is_packed_with_more_rounds(
         assert main([*command, "--editor", name, "--out", str(tmp_path / name)]) == 0
     rounds = ["--model", tiny_model, "--rounds", "3", "--later-strength", "0.5"]
     out = ["--out", str(tmp_path / "packed")]
-    assert main(["pack", "--editor", str(tmp_path / "mend"), *rounds, *out]) == 0
+    shares = ["--scope-share", "0.4", "--scope-relation-share", "0.3"]
+    assert main(["pack", "--editor", str(tmp_path / "mend"), *rounds, *shares, *out]) == 0
     lm = open_model(tiny_model, device="cpu", progress=False)
     settings = TrainableEditor.from_pretrained(tmp_path / "packed", lm).settings()
     assert (settings["rounds"], settings["later_strength"]) == (3, 0.5)
+    assert (settings["scope_share"], settings["scope_relation_share"]) == (0.4, 0.3)
     assert main(["pack", "--editor", str(tmp_path / "ke"), *rounds, *out]) == 2
     assert "--later-strength, --rounds: mend has such settings" in capsys.readouterr().err
 

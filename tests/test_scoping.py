@@ -188,3 +188,51 @@ def test_a_recipe_ends_with_its_scope(tiny_model: str, tmp_path: Path) -> None:
     recipes["scopes"]["first"] += " --seed 1"
     with pytest.raises(WorkbenchError, match="other arguments than the recipe's"):
         runner.editor("@first")
+
+
+ASKED = {"place": ("where is {} now", "tell me where {} is now"), "role": ("who is {} by job",) * 2}
+QUESTIONS = [
+    EditExample(
+        prompt=wordings[0].format(name),
+        target="up",
+        subject=name,
+        relation=relation,
+        paraphrases=(wordings[1].format(name),),
+    )
+    for name in NAMES
+    for relation, wordings in ASKED.items()
+]
+
+
+@pytest.fixture(scope="module")
+def asking(lm: LanguageModel) -> tuple[Mend, LearnedScope]:
+    editor = editor_for(lm).changed(scope_relation=32)
+    return editor, learn_scope(editor, QUESTIONS, steps=150)
+
+
+def test_texts_that_ask_the_same_match_and_others_less(asking: tuple[Mend, LearnedScope]) -> None:
+    _, found = asking
+    assert len(QUESTIONS) / 2 < found.asked <= len(QUESTIONS)  # some draw no other question
+    assert found.asked_same > 0.95
+    assert found.asked_elsewhere < 0.7  # some end in the same words, whatever they ask
+
+
+def test_an_edit_acts_where_its_own_question_is_asked(
+    lm: LanguageModel, asking: tuple[Mend, LearnedScope]
+) -> None:
+    editor, _ = asking
+    followed = left = 0
+    for example in QUESTIONS[:20]:
+        request = EditRequest(example.prompt, example.target, example.subject)
+        update = editor.propose([request]).update
+        for relation, wordings in ASKED.items():
+            text = wordings[-1].format(example.subject)
+            inputs = lm.tokenizer(text, return_tensors="pt")
+            with torch.no_grad():
+                before = lm.model(**inputs).logits[:, -1]
+                with overlay(lm.model, update):
+                    same = torch.equal(lm.model(**inputs).logits[:, -1], before)
+            followed += relation == example.relation and not same
+            left += relation != example.relation and same
+    assert followed > 18
+    assert left > 15

@@ -141,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--rounds", type=int, help="most rounds of its edits, of MEND")
     pack.add_argument("--later-strength", type=float, help="of rounds after the first")
     pack.add_argument("--confidence", type=float, help="at which an edit needs no more rounds")
+    pack.add_argument("--scope-share", type=float, help="of the match with an edit's own subject")
+    pack.add_argument("--scope-relation-share", type=float, help="of that with its own prompt")
     pack.add_argument(
         "--gate-shift", type=float, metavar="LOGITS", help="added to its gate's shares; of MEND"
     )

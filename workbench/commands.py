@@ -263,8 +263,8 @@ def pack(options: argparse.Namespace) -> None:
         _average(editor, TrainableEditor.from_pretrained(options.average, lm), options.share)
         mixed = f"{options.share:g} of the weights come from {known_as(options.average)}"
         card["averaged"] = ", then ".join(filter(None, (card.get("averaged"), mixed)))
-    names = ("rounds", "later_strength", "confidence", "gate_shift")
-    if more := {n: getattr(options, n) for n in names if getattr(options, n) is not None}:
+    given = settings_of(Mend.config_class, options) | {"gate_shift": options.gate_shift}
+    if more := {name: value for name, value in given.items() if value is not None}:
         if not isinstance(editor, Mend):
             raise EditorError(f"{_flags(more)}: mend has such settings, {editor.name} has not.")
         if "gate_shift" in more:
