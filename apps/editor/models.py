@@ -18,7 +18,7 @@ WEIGHTS: list[tuple[str, str]] = [("Full", ""), ("8-bit", "8bit"), ("4-bit", "4b
 
 
 GATES = (
-    "A scope keeps edits to texts that name their subject; without scope and gate they export as "
+    "A scope keeps edits to texts about their question; without scope and gate they export as "
     "LoRA adapters."
 )
 UNTRAINED = (
