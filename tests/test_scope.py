@@ -248,6 +248,20 @@ def test_what_is_cut_from_a_cache_is_out_of_scope_again(lm: LanguageModel, first
         assert_exact(again, under(lm, update, ids[:1])[:, NAMED:])
 
 
+def test_a_cache_may_be_older_than_the_edit(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0], place=6)
+    with torch.no_grad():
+        cache = lm.model(input_ids=ids[:1, :4], use_cache=True).past_key_values
+        with overlay(lm.model, update):
+            found = lm.model(input_ids=ids[:1, 4:], past_key_values=cache).logits
+            cache.crop(6 - ids.shape[1])
+            rest = lm.model(input_ids=ids[2:, 6:], past_key_values=cache).logits
+    assert_exact(found, under(lm, update, ids[:1])[:, 4:])
+    other = torch.cat([ids[:1, :6], ids[2:, 6:]], 1)
+    assert_exact(rest, logits_of(lm.model, {"input_ids": other})[:, 6:])
+
+
 @pytest.mark.parametrize(("then", "length"), [(None, 0), (8, 0), (8, 2)])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_a_cache_is_that_without(

@@ -153,9 +153,12 @@ class Reading:
         if self._mask is not None and self._mask.dim() == 2:
             read = self._mask[:, -inputs.shape[1] :].bool().to(inputs.device)
             matched &= read[..., None, None]
-        if self._matched is not None:
-            matched = torch.cat((self._matched.to(matched.device), matched), 1)
-        elif not self._start and self._ids is not None:
+        if self._start:  # what was read before there was an edit has matched nothing
+            before = self._matched
+            if before is None:
+                before = matched.new_zeros(len(matched), self._start, *matched.shape[2:])
+            matched = torch.cat((before.to(matched.device), matched), 1)
+        elif self._ids is not None:
             ids, thresholds = self._ids.to(inputs.device), scope.thresholds.unsqueeze(-3)
             always = (thresholds == -torch.inf).expand_as(matched).clone()
             always[..., 0] |= ids.unsqueeze(-1) == scope.openings.unsqueeze(-2)
