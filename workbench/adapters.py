@@ -84,9 +84,9 @@ def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str
     folder, layers = Path(folder), _editable(lm)
     if update.gated:
         raise EditError(
-            "A gated edit acts only where a layer's input matches its keys, and a LoRA adapter "
-            "acts everywhere: it cannot carry the edit. Save the session instead, or edit with "
-            "an editor without a gate ('mend-linear' for the embedded model, or 'ft')."
+            "An edit with a gate or a scope acts only where a layer's input matches its keys, and "
+            "a LoRA adapter acts everywhere: it cannot carry the edit. Save the session instead, "
+            "or edit with an editor without ('mend-linear' for the embedded model, or 'ft')."
         )
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
