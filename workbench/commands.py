@@ -52,7 +52,7 @@ def edit(options: argparse.Namespace) -> None:
     extra = [Probe(prompt, "other", options.target, "as given") for prompt in options.compare]
     probes = (*bench.suggest(options.prompt, options.target), *extra)
     print(f"{bench.lm.source} on {bench.lm.device}, editor {bench.editor.name}")
-    acts = " and ".join(f"where a text names {name}" for name in made.subjects if name)
+    acts = " and ".join(f"in texts about {name}" for name in made.subjects if name)
     print(f"edit {made.id}: {made.title}  ({made.seconds:.2f} s; acts {acts or 'everywhere'})\n")
     for row in bench.compare(probes, max_new_tokens=options.max_new_tokens).rows:
         print(f"[{row.kind}] {row.prompt}")
