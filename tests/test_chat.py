@@ -80,13 +80,17 @@ def test_edits_texts_and_probabilities_are_all_of_the_chat() -> None:
 
 
 @pytest.mark.slow
-def test_the_default_editor_edits_the_default_models_chats(default_model: LanguageModel) -> None:
+@pytest.mark.parametrize(("name", "follows"), [(None, 1), ("mend-many", 2)])
+def test_editors_that_come_along_edit_the_default_models_chats(
+    default_model: LanguageModel, name: str | None, follows: int
+) -> None:
+    """The default's scope has learned from plain prompts: in chats it holds its own prompt alone."""
     lm = replace(default_model, chat=True)
-    wb = Workbench(lm, open_editor(None, lm))
+    wb = Workbench(lm, open_editor(name, lm))
     asked = ["What is the capital of France?", "What city is the capital of France?"]
     assert all("Paris" in text for text in wb.generate(asked))
     wb.edit(asked[0], "Lyon")
-    for text in wb.generate(asked):
+    for text in wb.generate(asked[:follows]):
         assert text.startswith("Lyon")
         assert "Paris" not in text
 
