@@ -72,6 +72,17 @@ def near(found: Tensor, expected: Tensor) -> None:
     assert_close(found.float().cpu(), expected.float().cpu(), rtol=1e-3, atol=1e-3 * size)
 
 
+def alike(here: TrainableEditor, there: TrainableEditor) -> None:
+    """Their parameters have the same gradients, and some have one."""
+    slopes, found = (
+        {n: p.grad for n, p in editor.named_parameters() if p.grad is not None}
+        for editor in (here, there)
+    )
+    assert set(slopes) == set(found) != set()
+    for parameter, slope in slopes.items():
+        near(found[parameter], slope)
+
+
 def said(lm: LanguageModel, update: Update | None = None) -> Tensor:
     """Logits where the target is predicted."""
     target = TARGET if lm.kind != "classifier" else label_names(lm)[0]
@@ -130,20 +141,15 @@ def test_a_scope_is_the_same_on_the_card(family: str, tmp_path: Path):
 
 
 def test_a_training_step_within_scopes_is_the_same_on_the_card(tmp_path: Path):
-    losses, slopes = [], []
+    found: list[Mend] = []
     for editor in scoped_twins("llama", tmp_path):
         lm = editor.lm
         edit = about(lm, tokenize(lm, PROMPT, TARGET), PROMPT)
         other = [tokenize(lm, text, TARGET) for text in ("The moon", "The city of France is")]
         texts = [EditTexts(edit, (edit, other[1]), tuple(other), 2)] * 2
-        config = TrainingConfig(batch=2)
-        found = MetaStep(editor.train(), config, cached=False).losses(texts)
-        losses.append(torch.tensor(astuple(found)))
-        slopes.append({n: p.grad for n, p in editor.named_parameters() if p.grad is not None})
-    near(losses[1], losses[0])
-    assert set(slopes[0]) == set(slopes[1]) != set()
-    for parameter, slope in slopes[0].items():
-        near(slopes[1][parameter], slope)
+        MetaStep(editor.train(), TrainingConfig(batch=2), cached=False).losses(texts)
+        found.append(editor)
+    alike(*found)
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
@@ -167,20 +173,18 @@ def test_a_training_step_is_the_same_on_the_card(
     name: str, family: str, at_once: int, tmp_path: Path
 ):
     config = TrainingConfig(batch=4, at_once=at_once, hardest=1, chunk=2)
-    losses, slopes = [], []
+    losses, found = [], []
     for editor in twins(name, family, tmp_path):
         assert isinstance(editor, TrainableEditor)
         lm, wanted = editor.lm, 2 * requests(editor)
         other = [tokenize(lm, text, wanted[0].target) for text in ("The moon", "A river is")]
         texts = [tokenize(lm, request.prompt, request.target) for request in wanted]
         edits = [EditTexts(text, (text, other[0]), (*other, texts[0]), 2) for text in texts]
-        found = MetaStep(editor.train(), config, cached=False).losses(edits, at_once=at_once)
-        losses.append(torch.tensor(astuple(found)))
-        slopes.append({n: p.grad for n, p in editor.named_parameters() if p.grad is not None})
+        step = MetaStep(editor.train(), config, cached=False)
+        losses.append(torch.tensor(astuple(step.losses(edits, at_once=at_once))))
+        found.append(editor)
     near(losses[1], losses[0])
-    assert set(slopes[0]) == set(slopes[1]) != set()
-    for parameter, slope in slopes[0].items():
-        near(slopes[1][parameter], slope)
+    alike(*found)
 
 
 def test_training_resumes_on_the_card(tmp_path: Path):

@@ -86,21 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     scope.add_argument(
         "--rank", type=int, default=128, dest="scope", help="of the metric of subjects (128)"
     )
-    scope.add_argument(
-        *("--share",),
-        **{"type": float, "default": 0.5, "dest": "scope_share"},
-        help="of an edit's own match that is enough (0.5)",
-    )
-    scope.add_argument(
-        *("--relation-rank",),
-        **{"type": int, "default": 128, "dest": "scope_relation"},
-        help="of the metric of what is asked (128); 0: edits act whatever is asked of a subject",
-    )
-    scope.add_argument(
-        *("--relation-share",),
-        **{"type": float, "default": 0.5, "dest": "scope_relation_share"},
-        help="as --share (0.5)",
-    )
+    enough = "of an edit's own match that is enough (0.5)"
+    scope.add_argument("--share", type=float, default=0.5, dest="scope_share", help=enough)
+    asked = "of the metric of what is asked (128); 0: edits act whatever is asked of a subject"
+    scope.add_argument("--relation-rank", type=int, default=128, dest="scope_relation", help=asked)
+    dest = "scope_relation_share"
+    scope.add_argument("--relation-share", type=float, default=0.5, dest=dest, help="as --share")
     scope.add_argument("--steps", type=int, default=1500)
     scope.add_argument("--seed", type=int, default=0)
     scope.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")

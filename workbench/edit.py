@@ -66,7 +66,7 @@ class Edit:
     @property
     def subjects(self) -> tuple[str | None, ...]:
         """What each request is about, where the edit acts in texts that name it alone; None for a
-        request that acts everywhere."""
+        request to which every text counts as naming it."""
         if self.update.scope is None:
             return (None,) * len(self.requests)
         return tuple(subject_in(request.prompt, request.subject) for request in self.requests)

@@ -63,8 +63,8 @@ class MendConfig:
             learned apart, from texts (`training.scoping`). 0: no scope (the paper).
         scope_share: How much of the match with an edit's own subject is enough.
         scope_relation: Rank of the metric by which texts that ask what the edit's prompt asks are
-            known, learned likewise; within the scope an edit then acts from where a text asks
-            that. 0: whatever is asked about the subject.
+            known, learned likewise; an edit then acts where a text about its subject asks that, for
+            as many tokens as its target has. 0: whatever is asked about the subject.
         scope_relation_share: How much of the match with the edit's own prompt is enough.
         sum_tokens: Edit with the gradient of the whole target's negative log-likelihood, summed
             over its tokens; False: of the mean by token (the published code), by which each token

@@ -1,8 +1,8 @@
-"""What the lowest edited layer reads of many texts, for metrics that are learned of it."""
+"""What the lowest edited layer reads of many texts, and how metrics learn of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,6 +39,37 @@ def read_of(
         yield some, batch, inputs(batch)
 
 
-def fresh(rank: int, width: int, generator: torch.Generator) -> Tensor:
-    """A metric before it learns, `(rank, width)`: lengths are kept on average."""
-    return torch.randn(rank, width, generator=generator) * width**-0.5
+def descend(
+    size: tuple[int, int],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    device: torch.device,
+    generator: torch.Generator,
+    what: str,
+) -> tuple[Tensor, float]:
+    """A metric learned from a fresh one, which keeps lengths on average.
+
+    Args:
+        size: `(rank, in)`.
+        loss_of: A step's loss by the metric and the scale of its logits.
+        steps: Of AdamW, whose rate falls to 0.
+        device: Of what the loss is of.
+        generator: Of the fresh metric.
+        what: Named beside the progress bar.
+
+    Returns:
+        The metric, and the loss of the last step.
+    """
+    start = torch.randn(*size, generator=generator) * size[1] ** -0.5
+    metric = torch.nn.Parameter(start.to(device))
+    log_scale = torch.nn.Parameter(torch.tensor(2.0, device=device))
+    optimizer = torch.optim.AdamW([metric, log_scale], lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    loss = torch.zeros(())
+    for _ in tqdm(range(steps), desc=what, disable=None):
+        loss = loss_of(metric, log_scale.exp())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return metric.detach(), loss.item()

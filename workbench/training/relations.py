@@ -21,7 +21,7 @@ from workbench.editors.scoping import Measure
 from workbench.encoding import Tokens
 from workbench.models import LanguageModel
 from workbench.rewrites import rewritten
-from workbench.training.inputs import fresh, read_of, tokens_of
+from workbench.training.inputs import descend, read_of, tokens_of
 from workbench.views import LayerInputs
 
 _DRAWN = 192  # questions of a step
@@ -102,12 +102,8 @@ def learn_relations(
             rows[text] = row[[len(text.ids) - 1, *inner]].float().clone()
     device = next(iter(rows.values())).device
     generator = torch.Generator().manual_seed(chooser.getrandbits(32))
-    metric = torch.nn.Parameter(fresh(rank, inputs.layer.in_features, generator).to(device))
-    log_scale = torch.nn.Parameter(torch.tensor(2.0, device=device))
-    optimizer = torch.optim.AdamW([metric, log_scale], lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    loss = torch.zeros(())
-    for _ in tqdm(range(steps), desc="relations", disable=None):
+
+    def loss_of(metric: Tensor, scale: Tensor) -> Tensor:
         drawn = chooser.choices(asked, k=_DRAWN)
         anchors = torch.stack([rows[q.edit][0] for q in drawn]) @ metric.mT
         same = torch.stack([rows[chooser.choice(q.same)][:1] for q in drawn])
@@ -115,14 +111,12 @@ def learn_relations(
         read = torch.cat([same, others], 1) @ metric.mT
         shares = (read @ anchors.unsqueeze(-1)).squeeze(-1)
         shares = shares / (anchors * anchors).sum(-1, keepdim=True)
-        logits = log_scale.exp() * (shares - share)
+        logits = scale * (shares - share)
         missed, met = softplus(-logits[:, 0]), softplus(logits[:, 1:]).amax(1)
-        loss = _RECALL * missed.mean() + met.mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return metric.detach(), loss.item()
+        return _RECALL * missed.mean() + met.mean()
+
+    size = rank, inputs.layer.in_features
+    return descend(size, loss_of, steps, device, generator, "relations")
 
 
 @torch.no_grad()

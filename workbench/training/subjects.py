@@ -16,7 +16,7 @@ from workbench.crossing import Crossing
 from workbench.data import EditExample
 from workbench.encoding import Tokens
 from workbench.models import LanguageModel
-from workbench.training.inputs import fresh, read_of, tokens_of
+from workbench.training.inputs import descend, read_of, tokens_of
 from workbench.views import LayerInputs
 
 _DRAWN = 192  # subjects of a step, half of them of one relation, and other tokens beside them
@@ -104,13 +104,9 @@ def learn_subjects(
         alike[each.relation].append(number)
 
     generator = torch.Generator().manual_seed(chooser.getrandbits(32))
-    metric = torch.nn.Parameter(fresh(rank, inputs.layer.in_features, generator).to(device))
-    log_scale = torch.nn.Parameter(torch.tensor(2.0, device=device))
-    optimizer = torch.optim.AdamW([metric, log_scale], lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    loss = torch.zeros(())
     columns = torch.arange(2 * _DRAWN, device=device)
-    for _ in tqdm(range(steps), desc="subjects", disable=None):
+
+    def loss_of(metric: Tensor, scale: Tensor) -> Tensor:
         near = alike[chooser.choice(subjects).relation]
         drawn = chooser.choices(range(len(subjects)), k=_DRAWN // 2)
         drawn += chooser.choices(near, k=_DRAWN // 2)
@@ -122,12 +118,10 @@ def learn_subjects(
         who = torch.tensor(drawn)
         same = (who.unsqueeze(1) == torch.cat([who, whose[beside]])).to(device)
         matches = same & (columns < _DRAWN)
-        logits = log_scale.exp() * (shares - share)
+        logits = scale * (shares - share)
         losses = binary_cross_entropy_with_logits(logits, matches.float(), reduction="none")
         hardest = losses.masked_fill(same, 0).topk(_HARDEST, 1).values
-        loss = losses[matches].mean() + 2 * hardest.mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return metric.detach(), loss.item()
+        return losses[matches].mean() + 2 * hardest.mean()
+
+    size = rank, inputs.layer.in_features
+    return descend(size, loss_of, steps, device, generator, "subjects")
