@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from families import PAD, batch_for, language_model
+from hypothesis import given
+from hypothesis import strategies as st
 from references import assert_exact, editable, in_double, logits_of, random_update
 from runs import TEXTS, editor_for, edits_for, examples
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from workbench.views import target_logits
 
 DECODERS = ["llama", "gpt2"]
 NAMED = 3  # the token that the scopes below know
+NOWHERE = 10**6  # an id that no text holds
 
 
 @pytest.fixture(scope="module", params=DECODERS)
@@ -61,15 +65,16 @@ def scope_at(
     opening: int = -1,
     then: int | None = None,
     length: int = 0,
+    answer: tuple[int, ...] = (),
 ) -> Scope:
     """A scope that this text reaches at one place, or then at another, and others practically not
-    at all."""
+    at all; the answer is of some length and in no text, or told."""
     keys = inputs_of(lm, ids)[[place] if then is None else [place, then]]
     return Scope(
         lowest(lm),
         (keys / keys.square().sum(-1, keepdim=True))[None],
         torch.full((1, len(keys)), 1 - 1e-6, dtype=keys.dtype),
-        *(torch.tensor([opening]), torch.tensor([length])),
+        *(torch.tensor([opening]), torch.tensor([answer or (NOWHERE,) * length or (-1,)])),
     )
 
 
@@ -197,6 +202,31 @@ def test_an_edit_acts_for_as_many_tokens_as_its_answer_has(lm: LanguageModel) ->
     assert acts.tolist() == [5, 6, 7, 12, 13]
 
 
+def test_a_text_that_has_answered_is_about_the_subject_no_longer(lm: LanguageModel) -> None:
+    scope = scope_at(lm, texts(lm)[0], then=5, length=2)
+    matched = torch.zeros(20, 1, 2, dtype=torch.bool)
+    matched[[3, 14], 0, 0] = True
+    matched[[5, 9, 11, 15], 0, 1] = True
+    answered = torch.zeros(20, 1, dtype=torch.bool)
+    answered[[1, 7, 18], 0] = True
+    acts = scope.in_force(matched, answered).squeeze(-1).nonzero().squeeze(-1)
+    assert acts.tolist() == [5, 6, 15, 16]
+    assert scope.in_force(matched)[[9, 11]].all()
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(0, 10**6))
+def test_answers_end_where_a_plain_search_finds_them(ids: list[int], seed: int) -> None:
+    draw = Random(seed)
+    answers = [[draw.randrange(3) for _ in range(draw.randrange(4))] for _ in range(5)]
+    longest = max(1, *map(len, answers))
+    filled = torch.tensor([[-1] * (longest - len(a)) + a for a in answers])
+    scope = Scope("", torch.zeros(5, 1, 2), torch.zeros(5, 1), torch.zeros(5).long(), filled)
+    found = scope.answered(torch.tensor([ids]))[0].tolist()
+    assert found == [
+        [bool(a) and ids[: end + 1][-len(a) :] == a for a in answers] for end in range(len(ids))
+    ]
+
+
 def test_scopes_of_one_key_and_of_two_live_together(lm: LanguageModel) -> None:
     ids = texts(lm)
     one, two = scoped(lm, ids[0]), scoped(lm, ids[0], 1, then=6, length=1)
@@ -228,6 +258,27 @@ def test_a_text_read_in_pieces_is_in_scope_as_when_read_at_once(
             cache = output.past_key_values
             found.append(output.logits)
     assert_exact(torch.cat(found, 1), whole)
+
+
+@pytest.mark.parametrize("cuts", [(), (4,), (6,), (1, 2, 3, 4, 5, 6, 7)], ids=str)
+def test_an_answer_that_is_read_in_pieces_ends_an_edit(
+    lm: LanguageModel, cuts: tuple[int, ...]
+) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0], then=NAMED, answer=tuple(ids[0, 5:7].tolist()))
+    assert update.scope is not None
+    asked = replace(
+        update.scope, thresholds=update.scope.thresholds * torch.tensor([1, -torch.inf])
+    )
+    update, cache, found = Update(update.layers, asked), None, []
+    with overlay(lm.model, update), torch.no_grad():
+        for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
+            output = lm.model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+    answering = by_hand(lm, update, ids, [NAMED, None, None], length=7 - NAMED)
+    assert_exact(torch.cat(found, 1)[[0, 2]], answering[[0, 2]])
+    assert_exact(torch.cat(found, 1)[1], by_hand(lm, update, ids, [None, NAMED, None])[1])
 
 
 @pytest.mark.parametrize("first", [NAMED, 1])
@@ -356,8 +407,8 @@ def test_what_is_in_scope_is_no_change_of_the_weights(lm: LanguageModel, tmp_pat
 
 
 def test_parts_of_other_shapes_are_refused() -> None:
-    with pytest.raises(EditError, match="for each edit an opening and a length"):
-        Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2), torch.ones(2))
+    with pytest.raises(EditError, match="for each edit an opening and an answer"):
+        Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2), torch.ones(2, 1))
     with pytest.raises(EditError, match=r"one owner a term, \(2,\); got \(1,\)"):
         LayerUpdate(torch.ones(2, 3), torch.ones(2, 3), owners=torch.zeros(1, dtype=torch.long))
 
@@ -373,7 +424,7 @@ def test_tokens_of_all_sequences_in_one_axis_are_refused() -> None:
     moe = in_double(language_model("qwen2_moe"))
     layer = next(layer for layer in editable(moe) if "shared_expert" in layer.name)
     key = torch.ones(1, layer.in_features, dtype=torch.float64)
-    scope = Scope(layer.name, key[None], torch.ones(1, 1), torch.tensor([-1]), torch.tensor([0]))
+    scope = Scope(layer.name, key[None], torch.ones(1, 1), torch.tensor([-1]), torch.tensor([[-1]]))
     update = within(random_update([layer], dtype=torch.float64), scope)
     with pytest.raises(EditError, match="mixtures of experts"):
         under(moe, update, batch_for(moe.model)["input_ids"])
@@ -445,8 +496,9 @@ def test_an_edits_own_text_is_in_scope_from_its_prompts_end_on() -> None:
     read = inputs_of_prompt(editor.lm, update.scope.layer)[-1]
     torch.testing.assert_close(keys[1], relation.T @ (relation @ read))
     torch.testing.assert_close(thresholds[1], 0.3 * (relation @ read).square().sum())
-    targets = len(editor.lm.tokenizer(f" {ASKED.target}")["input_ids"])
-    assert update.scope.lengths.tolist() == [targets]
+    target = editor.lm.tokenizer(f" {ASKED.target}")["input_ids"]
+    assert update.scope.answers.tolist() == [target]
+    assert update.scope.lengths.tolist() == [len(target)]
     without = editor.changed(scope_relation=0).propose([ASKED]).update.scope
     assert without is not None
     assert torch.equal(without.keys[0, 0], keys[0])
@@ -573,7 +625,7 @@ def test_a_session_brings_scopes_back(tmp_path: Path) -> None:
     one, other = bench.update.scope, again.update.scope
     assert one is not None
     assert other is not None
-    for part in ("layer", "keys", "thresholds", "openings", "lengths"):
+    for part in ("layer", "keys", "thresholds", "openings", "answers"):
         assert str(getattr(one, part)) == str(getattr(other, part))
     for name, layer in bench.update.items():
         assert torch.equal(layer.owner_of_each(), again.update[name].owner_of_each())

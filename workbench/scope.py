@@ -21,10 +21,11 @@ class Scope:
     Token t with the input `x_t` of `layer` matches key k of edit e if
     `key_ek x_t >= threshold_ek`, where each key before k has been matched at t or earlier: what
     the edit is about, then what it asks of that. The edit acts there and for some tokens more, as
-    many as its answer has, or to the end of the text. Nothing that an update changes lies below its
-    lowest layer, so where that is the layer looked at, live edits do not decide over one another's
-    scope. A text's first token is told by its id: what models hold there is nearly the same for
-    every token (attention sinks, Xiao et al. 2024).
+    many as its answer has, or to the end of the text. A text that has given the answer is about the
+    subject no longer until it matches the first key again. Nothing that an update changes lies
+    below its lowest layer, so where that is the layer looked at, live edits do not decide over one
+    another's scope. A text's first token is told by its id: what models hold there is nearly the
+    same for every token (attention sinks, Xiao et al. 2024).
 
     Args:
         layer: Name of the layer whose input is looked at.
@@ -32,8 +33,9 @@ class Scope:
         thresholds: `(..., edits, keys)`; minus infinity: every token matches.
         openings: Ids of the tokens that match an edit's first key as a text's first,
             `(..., edits)`; -1: none.
-        lengths: How many tokens an edit acts on, from each that matches its last key on,
-            `(..., edits)`; 0: all that follow, as with one key alone.
+        answers: Ids of each edit's answer, `(..., edits, longest)`, filled up with -1 on the left.
+            An edit acts on as many tokens as it has, from each that matches its last key on; none:
+            on all that follow, as with one key alone.
 
     A leading axis, where there is one, holds another scope for each sequence of a batch.
     """
@@ -42,20 +44,32 @@ class Scope:
     keys: Tensor
     thresholds: Tensor
     openings: Tensor
-    lengths: Tensor
+    answers: Tensor
 
     def __post_init__(self) -> None:
         shapes = [part.shape for part in self.parts()]
         shape = shapes[0][:-1]
-        if len(shape) < 2 or shapes[1:] != [shape, shape[:-1], shape[:-1]]:
+        edits, answers = shape[:-1], shapes[3]
+        if (
+            len(shape) < 2
+            or shapes[1:3] != [shape, edits]
+            or answers[:-1] != edits
+            or not answers[-1]
+        ):
             raise EditError(
                 f"A scope's keys are (..., edits, keys, in), with a threshold for each, and for "
-                f"each edit an opening and a length; got {', '.join(map(str, map(tuple, shapes)))}."
+                f"each edit an opening and an answer; got "
+                f"{', '.join(map(str, map(tuple, shapes)))}."
             )
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys, thresholds, openings, lengths."""
-        return self.keys, self.thresholds, self.openings, self.lengths
+        """Keys, thresholds, openings, answers."""
+        return self.keys, self.thresholds, self.openings, self.answers
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each edit's answer has, `(..., edits)`; 0: it acts to the text's end."""
+        return (self.answers >= 0).sum(-1)
 
     def __len__(self) -> int:
         return self.keys.shape[-3]
@@ -65,27 +79,37 @@ class Scope:
         found = inputs @ self.keys.flatten(-3, -2).mT
         return found.unflatten(-1, self.keys.shape[-3:-1]) >= self.thresholds.unsqueeze(-3)
 
-    def in_force(self, matched: Tensor) -> Tensor:
+    def answered(self, ids: Tensor) -> Tensor:
+        """At which tokens an edit's answer ends, `(..., tokens)` -> `(..., tokens, edits)` bool."""
+        longest = self.answers.shape[-1]
+        ends = pad(ids, (longest - 1, 0), value=-1).unfold(-1, longest, 1).unsqueeze(-2)
+        answers = self.answers.unsqueeze(-3)
+        return ((ends == answers) | (answers < 0)).all(-1) & (self.lengths > 0).unsqueeze(-2)
+
+    def in_force(self, matched: Tensor, answered: Tensor | None = None) -> Tensor:
         """Which edits act on each token of whole texts, `(..., tokens, edits)` bool.
 
         Args:
             matched: As `matched` gives it, `(..., tokens, edits, keys)`.
+            answered: As `answered` gives it, `(..., tokens, edits)`; None: nowhere.
         """
+        place = torch.arange(matched.shape[-3], device=matched.device).unsqueeze(-1)
+
+        def latest(found: Tensor) -> Tensor:
+            return torch.where(found, place, -(2**31)).cummax(-2).values
+
+        over = torch.full_like(place, -1) if answered is None else latest(answered).clamp_min(-1)
         hit, *later = matched.unbind(-1)
-        known = hit.cummax(-2).values
         for key in later:
-            hit = key & known
-            known = hit.cummax(-2).values
-        place = torch.arange(hit.shape[-2], device=hit.device).unsqueeze(-1)
-        latest = torch.where(hit, place, -(2**31)).cummax(-2).values
+            hit = key & (latest(hit) > over)
         lengths = self.lengths.unsqueeze(-2)
-        return torch.where(lengths == 0, known, place - latest < lengths)
+        return torch.where(lengths == 0, latest(hit) > over, place - latest(hit) < lengths)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Scope:
         """Apply a function to keys and thresholds; the others follow to another device alone."""
         keys = function(self.keys)
-        openings, lengths = (part.to(keys.device) for part in (self.openings, self.lengths))
-        return Scope(self.layer, keys, function(self.thresholds), openings, lengths)
+        openings, answers = (part.to(keys.device) for part in (self.openings, self.answers))
+        return Scope(self.layer, keys, function(self.thresholds), openings, answers)
 
     @classmethod
     def side_by_side(cls, scopes: Sequence[Scope]) -> Scope:
@@ -109,8 +133,29 @@ class Scope:
             pad(scope.thresholds, (0, most - scope.keys.shape[-2]), value=-torch.inf)
             for scope in scopes
         ]
-        rest = (torch.cat([scope.parts()[n] for scope in scopes], -1) for n in (2, 3))
-        return cls(looked_at[0], torch.cat(keys, -3), torch.cat(thresholds, -2), *rest)
+        openings = torch.cat([scope.openings for scope in scopes], -1)
+        longest = max(scope.answers.shape[-1] for scope in scopes)
+        answers = [widened(scope.answers, longest) for scope in scopes]
+        parts = (torch.cat(keys, -3), torch.cat(thresholds, -2), openings, torch.cat(answers, -2))
+        return cls(looked_at[0], *parts)
+
+
+def widened(answers: Tensor, longest: int) -> Tensor:
+    """Answers as `Scope` holds them, `(..., tokens)` -> `(..., longest)`."""
+    return pad(answers, (longest - answers.shape[-1], 0), value=-1)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """All that a model has read so far: ids, -1 where there is none, `(batch, tokens)`, and what
+    matched there, `(batch, tokens, edits, keys)`."""
+
+    ids: Tensor
+    matched: Tensor
+
+    def rows(self, places: Tensor) -> _Read:
+        places = places.to(self.ids.device)
+        return _Read(self.ids[places], self.matched[places])
 
 
 class Reading:
@@ -127,16 +172,16 @@ class Reading:
     def __init__(self, scope: Scope, reached: Tensor | None = None) -> None:
         self.scope, self.reached = scope, reached
         self._start = 0  # tokens in the cache before the present pass
-        self._matched: Tensor | None = None  # in all that was read, (batch, tokens, edits, keys)
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
-        self._kept: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self._before: _Read | None = None
+        self._read: _Read | None = None
+        self._kept: WeakKeyDictionary[Any, _Read] = WeakKeyDictionary()
 
     def begin(self, ids: Tensor | None, mask: Tensor | None, cache: Any) -> None:
         """A forward pass of the whole model begins, with these arguments."""
         self._start = 0 if cache is None else int(cache.get_seq_length())
-        matched = self._kept.get(cache) if self._start else None
-        self._matched = None if matched is None else matched[:, : self._start]
+        self._before = self._kept.get(cache) if self._start else None
         self._ids, self._mask = ids, mask
 
     @torch.no_grad()
@@ -149,32 +194,39 @@ class Reading:
             )
         scope = self.scope = self.scope.map(lambda tensor: tensor.to(inputs.device))
         matched = scope.matched(inputs.to(scope.keys))
-        read = torch.ones_like(matched[..., 0, 0])
+        shape = inputs.shape[:2]
+        seen = torch.ones(shape, dtype=torch.bool, device=inputs.device)
         if self._mask is not None and self._mask.dim() == 2:
-            read = self._mask[:, -inputs.shape[1] :].bool().to(inputs.device)
-            matched &= read[..., None, None]
+            seen = self._mask[:, -shape[1] :].bool().to(inputs.device)
+            matched &= seen[..., None, None]
+        ids = torch.full(shape, -1, device=inputs.device)
+        if self._ids is not None:
+            ids = self._ids.to(inputs.device).masked_fill(~seen, -1)
         if self._start:  # what was read before there was an edit has matched nothing
-            before = self._matched
+            before = self._before
             if before is None:
-                before = matched.new_zeros(len(matched), self._start, *matched.shape[2:])
-            matched = torch.cat((before.to(matched.device), matched), 1)
+                rest = shape[0], self._start
+                before = _Read(ids.new_full(rest, -1), matched.new_zeros(*rest, *matched.shape[2:]))
+            ids = torch.cat((before.ids[:, : self._start].to(ids), ids), 1)
+            earlier = before.matched[:, : self._start].to(matched.device)
+            matched = torch.cat((earlier, matched), 1)
         elif self._ids is not None:
-            ids, thresholds = self._ids.to(inputs.device), scope.thresholds.unsqueeze(-3)
+            thresholds = scope.thresholds.unsqueeze(-3)
             always = (thresholds == -torch.inf).expand_as(matched).clone()
             always[..., 0] |= ids.unsqueeze(-1) == scope.openings.unsqueeze(-2)
-            first = read & (read.cumsum(1) == 1)
+            first = seen & (seen.cumsum(1) == 1)
             matched = torch.where(first[..., None, None], always, matched)
-        self._matched = matched
-        self.reached = scope.in_force(matched)[:, -inputs.shape[1] :]
+        self._read = _Read(ids, matched)
+        self.reached = scope.in_force(matched, scope.answered(ids))[:, -shape[1] :]
 
     def end(self, output: Any) -> None:
         """The forward pass is over, or has failed."""
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self._matched is not None:
+        if cache is not None and self._read is not None:
             if cache not in self._kept:
                 self._follow_beams(cache)
-            self._kept[cache] = self._matched
-        self._start, self._matched, self._ids, self._mask = 0, None, None, None
+            self._kept[cache] = self._read
+        self._start, self._ids, self._mask, self._before, self._read = 0, None, None, None, None
 
     def _follow_beams(self, cache: Any) -> None:
         """Have a cache reorder what is kept beside it along with its own rows."""
@@ -182,6 +234,6 @@ class Reading:
 
         def reordered(beams: Tensor) -> None:
             reorder(own(), beams)
-            kept[own()] = kept[own()][beams.to(kept[own()].device)]
+            kept[own()] = kept[own()].rows(beams)
 
         cache.reorder_cache = reordered

@@ -24,7 +24,7 @@ from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
 
 _FILE = "session.safetensors"
-_SCOPE = ("keys", "thresholds", "openings", "lengths")
+_SCOPE = ("keys", "thresholds", "openings", "answers")
 Kind = TypeVar("Kind")
 
 
@@ -202,7 +202,7 @@ def _scope(place: int, tensors: Mapping[str, Tensor]) -> Scope | None:
     keys, thresholds, *counts = scope.parts()
     if any(part.dtype != torch.int64 for part in counts) or not keys.isfinite().all():
         raise ValueError("a scope of other numbers")
-    if thresholds.isnan().any() or bool((scope.lengths < 0).any()):
+    if thresholds.isnan().any() or bool((scope.answers < -1).any()):
         raise ValueError("a scope of other numbers")
     if keys.dtype not in DENSE or keys.dim() != 3:
         raise ValueError(f"a scope of {keys.dtype} and shape {tuple(keys.shape)}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import EditError
-from workbench.scope import Scope
+from workbench.scope import Scope, widened
 from workbench.updates import LayerUpdate, Update
 
 
@@ -93,7 +93,8 @@ def _stacked_scope(updates: Sequence[Update | None]) -> Scope | None:
     keys = model.new_zeros(len(updates), edits, most, model.shape[-1])
     thresholds = model.new_full((len(updates), edits, most), torch.inf)
     openings = scopes[0].openings.new_full((len(updates), edits), -1)
-    lengths = torch.zeros_like(openings)
+    longest = max(scope.answers.shape[-1] for scope in scopes)
+    answers = openings.new_full((len(updates), edits, longest), -1)
     for row, scope in enumerate(found):
         if scope is not None:
             count = scope.keys.shape[-2]
@@ -101,5 +102,5 @@ def _stacked_scope(updates: Sequence[Update | None]) -> Scope | None:
             thresholds[row, : len(scope), :count] = scope.thresholds
             thresholds[row, : len(scope), count:] = -torch.inf
             openings[row, : len(scope)] = scope.openings
-            lengths[row, : len(scope)] = scope.lengths
-    return Scope(layer, keys, thresholds, openings, lengths)
+            answers[row, : len(scope)] = widened(scope.answers, longest)
+    return Scope(layer, keys, thresholds, openings, answers)

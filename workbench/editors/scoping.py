@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.encoding import Tokens, collate, encode, span_of, tokenize_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
-from workbench.scope import Scope
+from workbench.scope import Scope, widened
 from workbench.subjects import likely_subject, topic_of
 from workbench.views import LayerInputs
 
@@ -90,11 +90,11 @@ def scope_of(
     names = subjects.metric.new_zeros(len(texts), layer.in_features)
     ends = torch.zeros_like(names)
     openings = torch.full((len(texts),), -1, device=names.device)
-    lengths = torch.zeros_like(openings)
+    answers = [torch.empty(0, dtype=torch.int64)] * len(texts)
     for place, text in enumerate(texts):
         end = len(text.ids) - len(text.targets)
         if relations is not None and end:
-            ends[place], lengths[place] = inputs[place, end], len(text.targets)
+            ends[place], answers[place] = inputs[place, end], torch.tensor(text.targets)
         if text.subject is None:
             continue
         first, last = text.subject
@@ -105,7 +105,9 @@ def scope_of(
     if relations is not None:
         found.append(relations.keys(ends))
     keys, thresholds = zip(*found, strict=True)
-    return Scope(layer.name, torch.stack(keys, -2), torch.stack(thresholds, -1), openings, lengths)
+    longest = max(1, *map(len, answers))
+    told = torch.stack([widened(answer, longest) for answer in answers]).to(openings)
+    return Scope(layer.name, torch.stack(keys, -2), torch.stack(thresholds, -1), openings, told)
 
 
 def _opening(lm: LanguageModel, name: str) -> int:
