@@ -208,10 +208,13 @@ def test_a_text_that_has_answered_is_about_the_subject_no_longer(lm: LanguageMod
     matched[[3, 14], 0, 0] = True
     matched[[5, 9, 11, 15], 0, 1] = True
     answered = torch.zeros(20, 1, dtype=torch.bool)
-    answered[[1, 7, 18], 0] = True
+    answered[[1, 4, 7, 18], 0] = True
     acts = scope.in_force(matched, answered).squeeze(-1).nonzero().squeeze(-1)
     assert acts.tolist() == [5, 6, 15, 16]
     assert scope.in_force(matched)[[9, 11]].all()
+    # What stands in the question is no answer, nor is what begins before the edit does.
+    answered[7], answered[6] = False, True
+    assert torch.equal(scope.in_force(matched, answered), scope.in_force(matched))
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(0, 10**6))

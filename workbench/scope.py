@@ -21,11 +21,12 @@ class Scope:
     Token t with the input `x_t` of `layer` matches key k of edit e if
     `key_ek x_t >= threshold_ek`, where each key before k has been matched at t or earlier: what
     the edit is about, then what it asks of that. The edit acts there and for some tokens more, as
-    many as its answer has, or to the end of the text. A text that has given the answer is about the
-    subject no longer until it matches the first key again. Nothing that an update changes lies
-    below its lowest layer, so where that is the layer looked at, live edits do not decide over one
-    another's scope. A text's first token is told by its id: what models hold there is nearly the
-    same for every token (attention sinks, Xiao et al. 2024).
+    many as its answer has, or to the end of the text. A text that goes on to give the answer is
+    about the subject no longer until it matches the first key again.
+
+    Nothing that an update changes lies below its lowest layer, so where that is the layer looked
+    at, live edits do not decide over one another's scope. A text's first token is told by its id:
+    what models hold there is nearly the same for every token (attention sinks, Xiao et al. 2024).
 
     Args:
         layer: Name of the layer whose input is looked at.
@@ -94,16 +95,23 @@ class Scope:
             answered: As `answered` gives it, `(..., tokens, edits)`; None: nowhere.
         """
         place = torch.arange(matched.shape[-3], device=matched.device).unsqueeze(-1)
+        lengths = self.lengths.unsqueeze(-2)
 
         def latest(found: Tensor) -> Tensor:
             return torch.where(found, place, -(2**31)).cummax(-2).values
 
-        over = torch.full_like(place, -1) if answered is None else latest(answered).clamp_min(-1)
-        hit, *later = matched.unbind(-1)
-        for key in later:
-            hit = key & (latest(hit) > over)
-        lengths = self.lengths.unsqueeze(-2)
-        return torch.where(lengths == 0, latest(hit) > over, place - latest(hit) < lengths)
+        def hits(over: Tensor) -> Tensor:
+            hit, *later = matched.unbind(-1)
+            for key in later:
+                hit = key & (latest(hit) > over)
+            return hit
+
+        over = torch.full_like(place, -1)
+        if answered is not None:  # an answer that stands in the question ends nothing
+            first = torch.where(hits(over), place, 2**31 - 1).cummin(-2).values
+            over = latest(answered & (place - first >= lengths)).clamp_min(-1)
+        last = latest(hits(over))
+        return torch.where(lengths == 0, last > over, place - last < lengths)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Scope:
         """Apply a function to keys and thresholds; the others follow to another device alone."""
