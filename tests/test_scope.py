@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,12 +28,13 @@ from workbench.editors.proposals import capture_texts
 from workbench.editors.scoping import Measure, about, scope_of, subject_in
 from workbench.encoding import Tokens, collate, tokenize
 from workbench.factors import capture
+from workbench.layers import EditableLayer
 from workbench.overlay import overlay
 from workbench.scope import Scope
 from workbench.stacking import each_within, of_sequences, stack_sequences
 from workbench.training import MetaStep, TextSampler, Trainer, TrainingConfig
 from workbench.updates import LayerUpdate, Update
-from workbench.views import target_logits
+from workbench.views import LayerInputs, target_logits
 
 DECODERS = ["llama", "gpt2"]
 NAMED = 3  # the token that the scopes below know
@@ -474,17 +476,33 @@ def test_an_edits_own_text_is_in_scope_from_its_subject_on() -> None:
     assert update.scope.layer == editor.layers[0].name
     begin = ASKED.prompt.index("France") + len("France") - 1  # one token a letter
     assert reached(lm, update, ASKED.prompt)[begin]
-    key, metric = inputs_of_prompt(lm, update.scope.layer)[begin], editor.get_buffer("scope_metric")
-    torch.testing.assert_close(update.scope.keys[0, 0], metric.T @ (metric @ key))
-    torch.testing.assert_close(update.scope.thresholds[0, 0], 0.5 * (metric @ key).square().sum())
+    metric, layer = editor.get_buffer("scope_metric"), update.scope.layer
+    own = inputs_of_prompt(lm, layer)[begin]
+    elsewhere = inputs_of_prompt(lm, layer, "It is about France")[-1]
+    known = metric @ ((own + elsewhere) / 2)
+    torch.testing.assert_close(update.scope.keys[0, 0], metric.T @ known)
+    torch.testing.assert_close(update.scope.thresholds[0, 0], 0.5 * known.square().sum())
 
 
-def inputs_of_prompt(lm: LanguageModel, layer: str) -> Tensor:
+@given(st.integers(0, 10**6))
+def test_what_an_edit_was_known_by_matches(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    read = torch.randn(3, 2, 6, generator=generator) * torch.logspace(-2, 2, 3)[:, None, None]
+    keys, thresholds = Measure(torch.randn(4, 6, generator=generator), 0.9).keys(read)
+    assert ((read @ keys.unsqueeze(-1)).squeeze(-1) >= thresholds.unsqueeze(-1)).all()
+
+
+def reader(lm: LanguageModel, layer: EditableLayer) -> Callable[[Sequence[Tokens]], Tensor]:
+    inputs = LayerInputs(lm, layer)
+    return lambda texts: inputs(collate(lm, texts))
+
+
+def inputs_of_prompt(lm: LanguageModel, layer: str, prompt: str = ASKED.prompt) -> Tensor:
     seen: list[Tensor] = []
     handle = lm.model.get_submodule(layer).register_forward_pre_hook(
         lambda _, args: seen.append(args[0][0])
     )
-    logits_of(lm.model, {"input_ids": torch.tensor([lm.tokenizer(ASKED.prompt)["input_ids"]])})
+    logits_of(lm.model, {"input_ids": torch.tensor([lm.tokenizer(prompt)["input_ids"]])})
     handle.remove()
     return seen[0]
 
@@ -609,7 +627,7 @@ def test_a_subject_that_opens_its_text_is_known_by_its_token() -> None:
     texts = [about(lm, tokenize(lm, prompt, "x"), prompt, "b") for prompt in ("b is", "Is b")]
     assert [text.subject for text in texts] == [(0, 0), (3, 3)]
     inputs = torch.zeros(2, 8, layer.in_features)
-    scope = scope_of(lm, layer, Measure(metric, 0.5), None, texts, inputs)
+    scope = scope_of(lm, layer, Measure(metric, 0.5), None, texts, inputs, reader(lm, layer))
     assert scope.openings.tolist() == [texts[0].ids[0], lm.tokenizer("B")["input_ids"][0]]
     # The first key is what the layer reads of the subject within another text, not of its own.
     assert scope.keys[0].abs().sum() > 0
@@ -671,7 +689,8 @@ def test_a_training_step_within_scopes_equals_the_undivided_one() -> None:
             factors = tap.factors(loss)
         update = editor.update(editor.transform(factors), factors)
         read = factors[layer.name].activation
-        scope = scope_of(lm, layer, Measure(metric, 0.5), None, [edit.edit], read)
+        own = [edit.edit]
+        scope = scope_of(lm, layer, Measure(metric, 0.5), None, own, read, reader(lm, layer))
         with overlay(lm.model, each_within(update, scope)):
             nll += [cross_entropy(logits(t), torch.tensor(t.targets)) for t in edit.equivalents]
             changed = [logits(text).log_softmax(-1) for text in edit.locality]

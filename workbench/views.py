@@ -128,7 +128,7 @@ class Trunk:
         first, last = lm.stacks[0], lm.stacks[-1]
         edited = [layer.block for layer in layers if layer.stack == first.name]
         self.start = min(edited, default=len(first.blocks))
-        below = self._skips(first, self.start)
+        below = self.below = self._skips(first, self.start)
         stop = {f"{last.path}.{len(last.blocks) - 1}": _StopAfter(last.blocks[-1])}
         everything = {k: v for stack in lm.stacks for k, v in self._skips(stack).items()}
         twice = {
@@ -297,17 +297,20 @@ class LayerInputs:
     Args:
         lm: The model.
         layer: The layer.
+        trunk: Whose lower part, below the layer, the model can be resumed after.
     """
 
-    def __init__(self, lm: LanguageModel, layer: EditableLayer) -> None:
+    def __init__(self, lm: LanguageModel, layer: EditableLayer, trunk: Trunk | None = None) -> None:
         self.lm, self.layer = lm, layer
-        self._view = shallow(lm.model, {layer.name: _StopBefore()})
+        below = trunk.below if trunk else {}
+        self._view = shallow(lm.model, below | {layer.name: _StopBefore()})
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        """The layer's inputs, `(batch, tokens, in)`."""
+    def __call__(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """The layer's inputs, `(batch, tokens, in)`; resumed from the trunk's `hidden`."""
         try:
-            self._view(**batch.inputs)
+            with _resume(hidden):
+                self._view(**batch.inputs)
         except _Reached as reached:
             inputs: Tensor = reached.output
             # Mixture-of-experts blocks put the tokens of all sequences in one axis.

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workbench.cancel import checkpoint
 from workbench.editors.base import TrainableEditor, register
@@ -24,7 +24,8 @@ from workbench.editors.proposals import (
     side_by_side,
     texts_of,
 )
-from workbench.editors.scoping import Measure, about, scope_of
+from workbench.editors.scoping import Measure, about, scope_of, sentences
+from workbench.encoding import Tokens, collate
 from workbench.errors import EditorError
 from workbench.factors import Factors
 from workbench.layers import EditableLayer
@@ -33,7 +34,7 @@ from workbench.overlay import overlay
 from workbench.scope import Scope
 from workbench.stacking import each_within
 from workbench.updates import LayerUpdate, Update
-from workbench.views import Trunk
+from workbench.views import LayerInputs, Trunk, TrunkCache
 
 Inputs = Literal["both", "activation", "delta", "smaller"]
 
@@ -265,12 +266,14 @@ class Mend(TrainableEditor):
         """
         lm, layers = self.lm, self.layers
         strength, confidence = self.config.later_strength, self.config.confidence
-        texts, run = texts_of(lm, requests), resumed(lm, self._trunk)
+        texts, cache = texts_of(lm, requests), TrunkCache(lm, self._trunk, gigabytes=1.0)
         if self.scoped:
             pairs = zip(texts, requests, strict=True)
             texts = tuple(about(lm, text, r.prompt, r.subject) for text, r in pairs)
+            cache.hidden([*texts, *sentences(lm, texts).values()])  # all in one pass
+        run = resumed(cache)
         edits = capture_texts(lm, layers, texts, run)
-        scope = self._scope(edits)
+        scope = self._scope(edits, cache)
         proposals = [self._proposal(edits, scope)]
         if self.config.rounds == 1:
             return proposals[0]
@@ -301,16 +304,25 @@ class Mend(TrainableEditor):
     def _trunk(self) -> Trunk:
         return Trunk(self.lm, self.layers)
 
-    def _scope(self, edits: CapturedEdits) -> Scope | None:
+    @cached_property
+    def _lowest(self) -> LayerInputs:
+        return LayerInputs(self.lm, self.layers[0], self._trunk)
+
+    def _scope(self, edits: CapturedEdits, cache: TrunkCache | None = None) -> Scope | None:
         if not self.scoped:
             return None
         layer, config = self.layers[0], self.config
+        kept = cache or TrunkCache(self.lm, self._trunk, gigabytes=0)
+
+        def read(texts: Sequence[Tokens]) -> Tensor:
+            return self._lowest(collate(self.lm, texts), kept.hidden(texts))
+
         subjects, relations = Measure(self.get_buffer("scope_metric"), config.scope_share), None
         if config.scope_relation:
             metric = self.get_buffer("relation_metric")
             relations = Measure(metric, config.scope_relation_share)
         inputs = edits.factors[layer.name].activation.to(subjects.metric)
-        return scope_of(self.lm, layer, subjects, relations, edits.tokens, inputs)
+        return scope_of(self.lm, layer, subjects, relations, edits.tokens, inputs, read)
 
     def _proposal(
         self,

@@ -26,7 +26,7 @@ from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.scope import Scope
 from workbench.updates import LayerUpdate, Update
-from workbench.views import Trunk, TrunkCache, target_logits
+from workbench.views import TrunkCache, target_logits
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,10 @@ def capture_edits(
 Run = Callable[[Sequence[Tokens], Batch], Tensor]
 
 
-def resumed(lm: LanguageModel, trunk: Trunk) -> Run:
+def resumed(cache: TrunkCache) -> Run:
     """A run of the model for texts that are read again and again while only edits change: what
     lies below the edited layers is kept from the first time."""
-    cache = TrunkCache(lm, trunk, gigabytes=1.0)
-    return lambda texts, batch: trunk.logits(batch, cache.hidden(texts))
+    return lambda texts, batch: cache.trunk.logits(batch, cache.hidden(texts))
 
 
 def texts_of(lm: LanguageModel, requests: Sequence[EditRequest]) -> tuple[Tokens, ...]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from workbench.encoding import Tokens, collate, encode, span_of, tokenize_text
+from workbench.encoding import Tokens, encode, span_of, tokenize_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.scope import Scope, widened
 from workbench.subjects import likely_subject, topic_of
-from workbench.views import LayerInputs
 
 
 def subject_in(prompt: str, subject: str | None = None) -> str | None:
@@ -43,10 +42,11 @@ def about(lm: LanguageModel, text: Tokens, prompt: str, subject: str | None = No
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """How a layer's inputs are compared with an edit's own.
+    """How a layer's inputs are compared with those of an edit.
 
-    With a the edit's and M the metric, a token with the input x matches if
-    `(M a)^T (M x) >= share |M a|^2`.
+    With a the mean of what was read of the edit and M the metric, a token with the input x matches
+    if `(M a)^T (M x) >= share |M a|^2`, or if it matches as well as one of those readings does,
+    less .01 `|M a|^2`.
 
     Args:
         metric: M, `(rank, in)`.
@@ -56,12 +56,15 @@ class Measure:
     metric: Tensor
     share: float
 
-    def keys(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, `(edits, in)`, and thresholds, `(edits,)`, of edits' own inputs, `(edits, in)`;
-        zeros stand for an edit that every token matches."""
-        known = own @ self.metric.mT
-        match = (known * known).sum(-1)
-        return known @ self.metric, (self.share * match).masked_fill(match == 0, -torch.inf)
+    def keys(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, `(edits, in)`, and thresholds, `(edits,)`, of what was read of edits,
+        `(edits, readings, in)`; zeros stand for an edit that every token matches."""
+        known = read @ self.metric.mT
+        mean = known.mean(1)
+        match = (mean * mean).sum(-1)
+        least = (known @ mean.unsqueeze(-1)).amin((1, 2))
+        thresholds = torch.minimum(self.share * match, least - 0.01 * match)
+        return mean @ self.metric, thresholds.masked_fill(match == 0, -torch.inf)
 
 
 @torch.no_grad()
@@ -72,12 +75,14 @@ def scope_of(
     relations: Measure | None,
     texts: Sequence[Tokens],
     inputs: Tensor,
+    read: Callable[[Sequence[Tokens]], Tensor],
 ) -> Scope:
     """The scope of edits: the texts that name what they are about and ask for the same of it.
 
-    The first key is what the layer reads at the subject's last token, the second what it reads at
-    the prompt's, from which the answer is told; with it an edit acts for as many tokens as its
-    target has. Every text names a subject that is not told.
+    The first key is what the layer reads at the subject's last token, in the mean of the edit's
+    prompt and a plain sentence, the second what it reads at the prompt's, from which the answer is
+    told; with it an edit acts for as many tokens as its target has. Every text names a subject
+    that is not told.
 
     Args:
         lm: The model.
@@ -86,22 +91,27 @@ def scope_of(
         relations: Compares what is asked; None: whatever is asked about the subject.
         texts: The edits, told what they are `about`.
         inputs: What the layer reads of them, `(edits, tokens, in)`.
+        read: Tells what it reads of others.
     """
-    names = subjects.metric.new_zeros(len(texts), layer.in_features)
-    ends = torch.zeros_like(names)
-    openings = torch.full((len(texts),), -1, device=names.device)
+    ends = subjects.metric.new_zeros(len(texts), 1, layer.in_features)
+    readings = ends.repeat(1, 2, 1)
+    openings = torch.full((len(texts),), -1, device=ends.device)
     answers = [torch.empty(0, dtype=torch.int64)] * len(texts)
     for place, text in enumerate(texts):
         end = len(text.ids) - len(text.targets)
         if relations is not None and end:
-            ends[place], answers[place] = inputs[place, end], torch.tensor(text.targets)
-        if text.subject is None:
-            continue
-        first, last = text.subject
-        name = str(lm.tokenizer.decode(list(text.ids[first : last + 1]))).strip()
-        openings[place] = text.ids[0] if last == 0 else _opening(lm, name)
-        names[place] = inputs[place, last] if last else _elsewhere(lm, layer, name)
-    found = [subjects.keys(names)]
+            ends[place, 0], answers[place] = inputs[place, end], torch.tensor(text.targets)
+        if text.subject is not None:
+            last = text.subject[1]
+            openings[place] = _opening(lm, _named(lm, text)) if last else text.ids[0]
+            readings[place, 0] = inputs[place, last]
+    plain = sentences(lm, texts)
+    if plain:
+        for (place, text), row in zip(plain.items(), read(list(plain.values())), strict=True):
+            # What stands first in a text holds nothing to be known by.
+            first = (texts[place].subject or (0, 0))[1] == 0
+            readings[place, 0 if first else 1 :] = row[len(text.ids) - 1]
+    found = [subjects.keys(readings)]
     if relations is not None:
         found.append(relations.keys(ends))
     keys, thresholds = zip(*found, strict=True)
@@ -110,13 +120,19 @@ def scope_of(
     return Scope(layer.name, torch.stack(keys, -2), torch.stack(thresholds, -1), openings, told)
 
 
+def sentences(lm: LanguageModel, texts: Sequence[Tokens]) -> dict[int, Tokens]:
+    """A plain sentence about the subject of each text that is told one, by the text's place; the
+    last token before its full stop is the name's."""
+    told = {place: _named(lm, text) for place, text in enumerate(texts) if text.subject}
+    return {place: tokenize_text(lm, f"It is about {name}.") for place, name in told.items()}
+
+
+def _named(lm: LanguageModel, text: Tokens) -> str:
+    first, last = text.subject or (0, -1)
+    return str(lm.tokenizer.decode(list(text.ids[first : last + 1]))).strip()
+
+
 def _opening(lm: LanguageModel, name: str) -> int:
     """The token that is the whole name at the beginning of a text; -1 if it takes several."""
     ids = encode(lm, name[:1].upper() + name[1:])["input_ids"]
     return ids[0] if len(ids) == 1 else -1
-
-
-def _elsewhere(lm: LanguageModel, layer: EditableLayer, name: str) -> Tensor:
-    """What the layer reads at the name's end within a text, `(in,)`."""
-    text = tokenize_text(lm, f"It is about {name}.")
-    return LayerInputs(lm, layer)(collate(lm, [text]))[0, -1]

@@ -133,7 +133,7 @@ def relations_matched(
             rows[text] = row[text.subject[1] : len(text.ids)].to(measure.metric)
     found: tuple[list[bool], list[bool]] = [], []
     for question in asked:
-        keys, thresholds = measure.keys(rows[question.edit][-1:])
+        keys, thresholds = measure.keys(rows[question.edit][None, -1:])
         for kind, texts_of_kind in zip(found, (question.same, question.others), strict=True):
             kind += [bool((rows[t] @ keys[0] >= thresholds[0]).any()) for t in texts_of_kind]
     same, others = (round(sum(kind) / len(kind), 4) for kind in found)

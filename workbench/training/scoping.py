@@ -143,7 +143,11 @@ def _measured(
     first = [next(iter(each.edits)) for each in subjects]
     batch = collate(editor.lm, first)
     read = inputs(batch).to(measure.metric)
-    scope = scope_of(editor.lm, inputs.layer, measure, None, first, read)
+
+    def of_others(texts: Sequence[Tokens]) -> Tensor:
+        return inputs(collate(editor.lm, texts))
+
+    scope = scope_of(editor.lm, inputs.layer, measure, None, first, read, of_others)
     reached = dict[Tokens, Tensor]()
     for some, batch, read in read_of(
         inputs, {t for e in subjects for t in (*e.about, *e.elsewhere)}
