@@ -84,7 +84,8 @@ def test_edits_texts_and_probabilities_are_all_of_the_chat() -> None:
 def test_editors_that_come_along_edit_the_default_models_chats(
     default_model: LanguageModel, name: str | None, follows: int
 ) -> None:
-    """The default has learned from plain prompts: in chats it holds its own prompt alone."""
+    """The default has learned from plain prompts: in chats it holds its own prompt, and not every
+    other wording."""
     lm = replace(default_model, chat=True)
     wb = Workbench(lm, open_editor(name, lm))
     asked = ["What is the capital of France?", "What city is the capital of France?"]
