@@ -484,12 +484,17 @@ def test_an_edits_own_text_is_in_scope_from_its_subject_on() -> None:
     torch.testing.assert_close(update.scope.thresholds[0, 0], 0.5 * known.square().sum())
 
 
-@given(st.integers(0, 10**6))
-def test_what_an_edit_was_known_by_matches(seed: int) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([0.3, 0.55, 0.9]))
+def test_what_an_edits_own_prompt_holds_matches(seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     read = torch.randn(3, 2, 6, generator=generator) * torch.logspace(-2, 2, 3)[:, None, None]
-    keys, thresholds = Measure(torch.randn(4, 6, generator=generator), 0.9).keys(read)
-    assert ((read @ keys.unsqueeze(-1)).squeeze(-1) >= thresholds.unsqueeze(-1)).all()
+    metric = torch.randn(4, 6, generator=generator)
+    keys, thresholds = Measure(metric, share).keys(read)
+    own = (read[:, 0] * keys).sum(-1)
+    assert (own >= thresholds).all()
+    assert (thresholds > 0).all()
+    a = torch.linalg.lstsq(metric.T, keys.T).solution.T  # M a, of which the keys are made
+    torch.testing.assert_close(thresholds, share * a.square().sum(-1), rtol=1e-3, atol=0)
 
 
 def reader(lm: LanguageModel, layer: EditableLayer) -> Callable[[Sequence[Tokens]], Tensor]:

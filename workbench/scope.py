@@ -53,6 +53,7 @@ class Scope:
         edits, answers = shape[:-1], shapes[3]
         if (
             len(shape) < 2
+            or not shape[-1]
             or shapes[1:3] != [shape, edits]
             or answers[:-1] != edits
             or not answers[-1]

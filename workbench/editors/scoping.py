@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workbench.encoding import Tokens, encode, span_of, tokenize_text
+from workbench.encoding import Tokens, encode, span_of
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.scope import Scope, widened
@@ -45,8 +45,8 @@ class Measure:
     """How a layer's inputs are compared with those of an edit.
 
     With a the mean of what was read of the edit and M the metric, a token with the input x matches
-    if `(M a)^T (M x) >= share |M a|^2`, or if it matches as well as one of those readings does,
-    less .01 `|M a|^2`.
+    if `(M a)^T (M x) >= share |M a|^2`. Where the readings are so unlike that not all of them
+    would, a is the first alone.
 
     Args:
         metric: M, `(rank, in)`.
@@ -61,10 +61,11 @@ class Measure:
         `(edits, readings, in)`; zeros stand for an edit that every token matches."""
         known = read @ self.metric.mT
         mean = known.mean(1)
-        match = (mean * mean).sum(-1)
         least = (known @ mean.unsqueeze(-1)).amin((1, 2))
-        thresholds = torch.minimum(self.share * match, least - 0.01 * match)
-        return mean @ self.metric, thresholds.masked_fill(match == 0, -torch.inf)
+        unlike = least < (self.share + 0.01) * (mean * mean).sum(-1)  # .01: rounding
+        mean = torch.where(unlike.unsqueeze(-1), known[:, 0], mean)
+        match = (mean * mean).sum(-1)
+        return mean @ self.metric, (self.share * match).masked_fill(match == 0, -torch.inf)
 
 
 @torch.no_grad()
@@ -121,10 +122,10 @@ def scope_of(
 
 
 def sentences(lm: LanguageModel, texts: Sequence[Tokens]) -> dict[int, Tokens]:
-    """A plain sentence about the subject of each text that is told one, by the text's place; the
-    last token before its full stop is the name's."""
+    """A plain sentence up to the subject's name, for each text that is told one, by its place."""
     told = {place: _named(lm, text) for place, text in enumerate(texts) if text.subject}
-    return {place: tokenize_text(lm, f"It is about {name}.") for place, name in told.items()}
+    ids = {place: encode(lm, f"It is about {name}")["input_ids"] for place, name in told.items()}
+    return {place: Tokens(tuple(found), ()) for place, found in ids.items()}
 
 
 def _named(lm: LanguageModel, text: Tokens) -> str:
