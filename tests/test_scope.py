@@ -25,7 +25,7 @@ from workbench.data import EditExample
 from workbench.editors import EditRequest, Mend, MendConfig
 from workbench.editors.networks import EditorNetwork
 from workbench.editors.proposals import capture_texts
-from workbench.editors.scoping import Measure, about, scope_of, subject_in
+from workbench.editors.scoping import Measure, about, scope_of, sentences, subject_in
 from workbench.encoding import Tokens, collate, tokenize
 from workbench.factors import capture
 from workbench.layers import EditableLayer
@@ -637,6 +637,18 @@ def test_a_subject_that_opens_its_text_is_known_by_its_token() -> None:
     # The first key is what the layer reads of the subject within another text, not of its own.
     assert scope.keys[0].abs().sum() > 0
     assert scope.thresholds[0] > 0
+
+
+def test_a_subject_is_read_whole_in_a_plain_sentence() -> None:
+    lm = language_model("llama")  # one token a letter
+    asked = [("Ys F.C. is", "Ys F.C."), ("Where is Ys?", "Ys"), ("y" * 55 + " is", "y" * 55)]
+    texts = [about(lm, tokenize(lm, prompt, "x"), prompt, name) for prompt, name in asked]
+    untold = replace(texts[0], subject=None)
+    read = sentences(lm, [untold, *texts])
+    written = {place: lm.tokenizer.decode(list(text.ids)) for place, text in read.items()}
+    # It reads 64 tokens at most: what is too long loses its beginning, not the name.
+    whole = "It is about " + "y" * 55
+    assert written == {1: "It is about Ys F.C", 2: "It is about Ys", 3: whole[-64:]}
 
 
 # --- people's edits --------------------------------------------------------------------------

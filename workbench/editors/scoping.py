@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workbench.encoding import Tokens, encode, span_of
+from workbench.encoding import Tokens, encode, reads_at_most, span_of
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.scope import Scope, widened
@@ -122,9 +122,14 @@ def scope_of(
 
 
 def sentences(lm: LanguageModel, texts: Sequence[Tokens]) -> dict[int, Tokens]:
-    """A plain sentence up to the subject's name, for each text that is told one, by its place."""
+    """A plain sentence up to the subject's name, for each text that is told one, by its place.
+
+    Without full stops at the name's end ("F.C."), which hold little of it.
+    """
     told = {place: _named(lm, text) for place, text in enumerate(texts) if text.subject}
-    ids = {place: encode(lm, f"It is about {name}")["input_ids"] for place, name in told.items()}
+    plain = {place: f"It is about {name.rstrip('.')}" for place, name in told.items()}
+    most = reads_at_most(lm) or 0  # 0: as much as there is
+    ids = {place: encode(lm, text)["input_ids"][-most:] for place, text in plain.items()}
     return {place: Tokens(tuple(found), ()) for place, found in ids.items()}
 
 
