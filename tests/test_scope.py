@@ -641,7 +641,7 @@ def test_a_subject_that_opens_its_text_is_known_by_its_token() -> None:
 
 def test_a_subject_is_read_whole_in_a_plain_sentence() -> None:
     lm = language_model("llama")  # one token a letter
-    asked = [("Ys F.C. is", "Ys F.C."), ("Where is Ys?", "Ys"), ("y" * 55 + " is", "y" * 55)]
+    asked = [("Ys F.C.' is", "Ys F.C.'"), ("Where is Ys?", "Ys"), ("y" * 55 + " is", "y" * 55)]
     texts = [about(lm, tokenize(lm, prompt, "x"), prompt, name) for prompt, name in asked]
     untold = replace(texts[0], subject=None)
     read = sentences(lm, [untold, *texts])

@@ -15,6 +15,8 @@ from workbench.models import LanguageModel
 from workbench.scope import Scope, widened
 from workbench.subjects import likely_subject, topic_of
 
+_STOPS = ".'\"\u2019\u201d"
+
 
 def subject_in(prompt: str, subject: str | None = None) -> str | None:
     """What a prompt is about, as it stands there.
@@ -124,10 +126,10 @@ def scope_of(
 def sentences(lm: LanguageModel, texts: Sequence[Tokens]) -> dict[int, Tokens]:
     """A plain sentence up to the subject's name, for each text that is told one, by its place.
 
-    Without full stops at the name's end ("F.C."), which hold little of it.
+    Without full stops and quotes at the name's end ("F.C.'"), which hold little of it.
     """
     told = {place: _named(lm, text) for place, text in enumerate(texts) if text.subject}
-    plain = {place: f"It is about {name.rstrip('.')}" for place, name in told.items()}
+    plain = {place: f"It is about {name.rstrip(_STOPS)}" for place, name in told.items()}
     most = reads_at_most(lm) or 0  # 0: as much as there is
     ids = {place: encode(lm, text)["input_ids"][-most:] for place, text in plain.items()}
     return {place: Tokens(tuple(found), ()) for place, found in ids.items()}
