@@ -219,6 +219,30 @@ def test_a_text_that_has_answered_is_about_the_subject_no_longer(lm: LanguageMod
     assert torch.equal(scope.in_force(matched, answered), scope.in_force(matched))
 
 
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=12), st.integers(1, 3))
+def test_an_edit_ends_with_the_answer_to_the_latest_question(bits: list[int], length: int) -> None:
+    first, last, answers = ([bool(bit >> place & 1) for bit in bits] for place in range(3))
+
+    def asked(until: int) -> bool:
+        named = max((t for t in range(until + 1) if first[t]), default=99)
+        return any(last[t] for t in range(named, until + 1))
+
+    def over(until: int) -> int:
+        ends = (t for t in range(until + 1) if answers[t] and asked(t - length))
+        return max(ends, default=-1)
+
+    def begins(at: int) -> bool:
+        return last[at] and any(first[over(at) + 1 : at + 1])
+
+    found = Scope(
+        "", torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1).long(), torch.zeros(1, length)
+    ).in_force(torch.tensor([first, last]).mT[:, None], torch.tensor(answers)[:, None])
+    expected = [
+        any(begins(t) for t in range(max(0, end - length + 1), end + 1)) for end in range(len(bits))
+    ]
+    assert found.squeeze(-1).tolist() == expected
+
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(0, 10**6))
 def test_answers_end_where_a_plain_search_finds_them(ids: list[int], seed: int) -> None:
     draw = Random(seed)
@@ -354,14 +378,39 @@ def test_beams_take_what_they_have_reached_along(lm: LanguageModel) -> None:
 def test_each_edit_of_a_sum_keeps_its_own_scope(lm: LanguageModel) -> None:
     ids = texts(lm)
     first, other = scoped(lm, ids[0]), scoped(lm, ids[2], 1, place=5)
+    third = scoped(lm, ids[1], 3, place=6)
     everywhere = random_update(editable(lm), 2, dtype=torch.float64)
-    total = first * 0.5 + everywhere + other
+    total = Update.sum((first * 0.5, everywhere, other, third))
     assert total.scope is not None
-    assert len(total.scope) == 2
+    assert len(total.scope) == 3
     found = under(lm, total, ids)
-    for row, parts in enumerate((first * 0.5, first * 0.5, other)):
+    for row, parts in enumerate((first * 0.5, first * 0.5 + third, other)):
         with overlay(lm.model, everywhere):
             assert_exact(found[row], under(lm, parts, ids[row : row + 1])[0])
+
+
+def test_changes_of_batches_add_up_within_their_scopes(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    one, two = scoped(lm, ids[0]), scoped(lm, ids[2], 1, place=5)
+    batched = stack_sequences([one, two, one])
+    found = under(lm, batched + batched * 2, ids)
+    for row, update in enumerate((one, two, one)):
+        assert_exact(found[row], under(lm, update * 3, ids[row : row + 1])[0])
+
+
+def test_a_scope_follows_its_update_to_another_dtype(lm: LanguageModel) -> None:
+    scope = scoped(lm, texts(lm)[0]).to(torch.float32).scope
+    assert scope is not None
+    assert (scope.keys.dtype, scope.thresholds.dtype) == (torch.float32, torch.float32)
+    assert scope.answers.dtype == scope.openings.dtype == torch.int64
+
+
+def test_ids_are_known_however_they_are_passed(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0], opening=int(ids[2, 0]))
+    with overlay(lm.model, update), torch.no_grad():
+        found = lm.model(ids).logits
+    assert_exact(found, by_hand(lm, update, ids, [NAMED, NAMED, 0]))
 
 
 def test_a_scope_that_several_share_is_held_once(lm: LanguageModel) -> None:
@@ -423,6 +472,13 @@ def test_what_was_made_for_another_model_is_refused_by_name() -> None:
     update = scoped(llama, texts(llama)[0])
     with pytest.raises(EditError, match="which this model does not have"):
         under(gpt2, update, texts(gpt2))
+    assert update.scope is not None
+    elsewhere = replace(update.scope, layer="model.layers.9.mlp.up_proj")
+    narrow = replace(update.scope, keys=update.scope.keys[..., 1:])
+    with pytest.raises(EditError, match=r"looks at layer 'model.layers.9.* does not have"):
+        under(llama, replace(update, scope=elsewhere), texts(llama))
+    with pytest.raises(EditError, match=r"looks at .* with \d+ features; in this model it is"):
+        under(llama, replace(update, scope=narrow), texts(llama))
 
 
 def test_tokens_of_all_sequences_in_one_axis_are_refused() -> None:

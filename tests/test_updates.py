@@ -387,6 +387,7 @@ def test_map_reaches_every_tensor() -> None:
     assert not made.detach()["a"].dense().requires_grad
     assert torch.equal(made.detach()["a"].dense(), made["a"].dense())
     assert made.to("meta")["a"].A.is_meta
+    assert made.to(dtype=torch.float32)["a"].A.dtype == torch.float32
     first = Update({"a": layer_update(2, 5, 3, lead=(4,))}).map(lambda tensor: tensor[:1])
     assert first["a"].dense().shape == (1, 5, 3)
 

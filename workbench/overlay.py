@@ -56,7 +56,7 @@ def _hook(
         # Only the output tells where an offloaded layer runs.
         if layer.A.device != output.device:
             layer = layer.map(lambda factor: factor.to(output.device))
-        reached = None if reading is None or layer.owners is None else reading.reached
+        reached = None if reading is None else reading.reached
         if reached is not None:
             reached = reached.to(output.device)
         return _add(layer, args[0], output, sequences, reached)
@@ -64,11 +64,37 @@ def _hook(
     return hook
 
 
-def _follow(model: nn.Module, reading: Reading, here: Callable[[], bool]) -> list[Any]:
+def _checked(model: nn.Module, name: str, does: str, *wanted: int) -> nn.Module:
+    """The layer of a model that an update does something to, if it is as wide as wanted.
+
+    Args:
+        wanted: Its in_features, and its out_features where they matter.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise EditError(
+            f"The update {does} layer {name!r}, which this model does not have. "
+            f"It was made for another model."
+        ) from None
+    shape = linear_shape(module)
+    if shape is None or shape[: len(wanted)] != wanted:
+        expected, there = (" -> ".join(map(str, widths or ())) for widths in (wanted, shape))
+        raise EditError(
+            f"The update {does} layer {name!r} as one with {expected} features; in this model it "
+            f"is {there or 'no linear layer'}. It was made for another model."
+        )
+    return module
+
+
+def _follow(
+    model: nn.Module, looked_at: nn.Module, reading: Reading, here: Callable[[], bool]
+) -> list[Any]:
     """Hooks that tell a reading what the model reads.
 
     Args:
         model: The whole model.
+        looked_at: Its layer that the scope looks at.
         reading: What is told.
         here: Whether the thread at hand is the one to be followed.
 
@@ -89,11 +115,10 @@ def _follow(model: nn.Module, reading: Reading, here: Callable[[], bool]) -> lis
         if here():
             reading.end(output)
 
-    layer = model.get_submodule(reading.scope.layer)
     return [
         model.register_forward_pre_hook(begin, with_kwargs=True),
-        layer.register_forward_pre_hook(look),
-        model.register_forward_hook(end, always_call=True),
+        looked_at.register_forward_pre_hook(look),
+        model.register_forward_hook(end),
     ]
 
 
@@ -123,8 +148,8 @@ def overlay(
         How far the model has read, for an update with a scope; else None.
 
     Raises:
-        EditError: The update names a layer that the model does not have, or has other widths;
-            in the forward pass: the batch has another number of sequences.
+        EditError: The update or its scope names a layer that the model does not have, or of other
+            widths; in the forward pass: the batch has another number of sequences.
     """
     token = next(_tokens)
     scope = update.scope if update else None
@@ -135,25 +160,16 @@ def overlay(
 
     with ExitStack() as stack:
         for name, layer in (update or {}).items():
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise EditError(
-                    f"The update changes layer {name!r}, which this model does not have. "
-                    f"It was made for another model."
-                ) from None
-            wanted = layer.B.shape[-1], layer.A.shape[-1]
-            shape = linear_shape(module)
-            if shape is None or shape[::-1] != wanted:
-                raise EditError(
-                    f"The update changes layer {name!r} as a matrix of (out, in) = {wanted}; in "
-                    f"this model it is {shape and shape[::-1]}. It was made for another model."
-                )
+            wanted = layer.A.shape[-1], layer.B.shape[-1]
+            module = _checked(model, name, "changes", *wanted)
             hook = _hook(layer.folded(), here, sequences, reading)
             handle = module.register_forward_hook(hook)
             stack.callback(handle.remove)
         if reading is not None and reached is None:
-            for handle in _follow(model, reading, here):
+            looked_at = _checked(
+                model, reading.scope.layer, "looks at", reading.scope.keys.shape[-1]
+            )
+            for handle in _follow(model, looked_at, reading, here):
                 stack.callback(handle.remove)
         reset = _live.set(_live.get() | {token})
         try:

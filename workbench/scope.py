@@ -22,7 +22,8 @@ class Scope:
     `key_ek x_t >= threshold_ek`, where each key before k has been matched at t or earlier: what
     the edit is about, then what it asks of that. The edit acts there and for some tokens more, as
     many as its answer has, or to the end of the text. A text that goes on to give the answer is
-    about the subject no longer until it matches the first key again.
+    about the subject no longer until it matches the first key again; an answer that stands in the
+    question ends nothing.
 
     Nothing that an update changes lies below its lowest layer, so where that is the layer looked
     at, live edits do not decide over one another's scope. A text's first token is told by its id:
@@ -108,9 +109,12 @@ class Scope:
             return hit
 
         over = torch.full_like(place, -1)
-        if answered is not None:  # an answer that stands in the question ends nothing
-            first = torch.where(hits(over), place, 2**31 - 1).cummin(-2).values
-            over = latest(answered & (place - first >= lengths)).clamp_min(-1)
+        if answered is not None:
+            asked = latest(hits(over))
+            asked = (asked >= 0) & (asked >= latest(matched[..., 0]))
+            before = place - lengths
+            asked = asked.gather(-2, before.clamp_min(0).expand_as(asked)) & (before >= 0)
+            over = latest(answered & asked).clamp_min(-1)
         last = latest(hits(over))
         return torch.where(lengths == 0, last > over, place - last < lengths)
 
@@ -156,15 +160,21 @@ def widened(answers: Tensor, longest: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Read:
-    """All that a model has read so far: ids, -1 where there is none, `(batch, tokens)`, and what
-    matched there, `(batch, tokens, edits, keys)`."""
+    """All that a model has read so far: ids, -1 where there is none, `(batch, tokens)`, what
+    matched there, `(batch, tokens, edits, keys)`, and the ends of answers, `(..., edits)`."""
 
     ids: Tensor
     matched: Tensor
+    answered: Tensor
 
     def rows(self, places: Tensor) -> _Read:
         places = places.to(self.ids.device)
-        return _Read(self.ids[places], self.matched[places])
+        return _Read(self.ids[places], self.matched[places], self.answered[places])
+
+    def then(self, later: _Read, start: int) -> _Read:
+        """The first `start` tokens of this, and what was read after them."""
+        parts = zip(vars(self).values(), vars(later).values(), strict=True)
+        return _Read(*(torch.cat((own[:, :start].to(new), new), 1) for own, new in parts))
 
 
 class Reading:
@@ -211,25 +221,26 @@ class Reading:
         ids = torch.full(shape, -1, device=inputs.device)
         if self._ids is not None:
             ids = self._ids.to(inputs.device).masked_fill(~seen, -1)
-        if self._start:  # what was read before there was an edit has matched nothing
-            before = self._before
-            if before is None:
-                rest = shape[0], self._start
-                before = _Read(ids.new_full(rest, -1), matched.new_zeros(*rest, *matched.shape[2:]))
-            ids = torch.cat((before.ids[:, : self._start].to(ids), ids), 1)
-            earlier = before.matched[:, : self._start].to(matched.device)
-            matched = torch.cat((earlier, matched), 1)
-        elif self._ids is not None:
+        before = self._before
+        if self._start and before is None:  # nothing matched before there was an edit
+            rest = shape[0], self._start
+            nothing = matched.new_zeros(*rest, *matched.shape[2:])
+            before = _Read(ids.new_full(rest, -1), nothing, nothing[..., 0])
+        if before is None and self._ids is not None:
             thresholds = scope.thresholds.unsqueeze(-3)
             always = (thresholds == -torch.inf).expand_as(matched).clone()
             always[..., 0] |= ids.unsqueeze(-1) == scope.openings.unsqueeze(-2)
             first = seen & (seen.cumsum(1) == 1)
             matched = torch.where(first[..., None, None], always, matched)
-        self._read = _Read(ids, matched)
-        self.reached = scope.in_force(matched, scope.answered(ids))[:, -shape[1] :]
+        known = ids.new_empty(shape[0], 0) if before is None else before.ids[:, : self._start]
+        context = known[:, known.shape[1] - min(known.shape[1], scope.answers.shape[-1] - 1) :]
+        answered = scope.answered(torch.cat((context.to(ids), ids), 1))[:, -shape[1] :]
+        read = _Read(ids, matched, answered)
+        self._read = read if before is None else before.then(read, self._start)
+        self.reached = scope.in_force(self._read.matched, self._read.answered)[:, -shape[1] :]
 
     def end(self, output: Any) -> None:
-        """The forward pass is over, or has failed."""
+        """The forward pass is over."""
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self._read is not None:
             if cache not in self._kept:
