@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import PAD, batch_for, language_model
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from references import assert_exact, editable, in_double, logits_of, random_update
 from runs import TEXTS, editor_for, edits_for, examples
@@ -219,6 +219,7 @@ def test_a_text_that_has_answered_is_about_the_subject_no_longer(lm: LanguageMod
     assert torch.equal(scope.in_force(matched, answered), scope.in_force(matched))
 
 
+@example([3, 4, 2], 1)
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=12), st.integers(1, 3))
 def test_an_edit_ends_with_the_answer_to_the_latest_question(bits: list[int], length: int) -> None:
     first, last, answers = ([bool(bit >> place & 1) for bit in bits] for place in range(3))
@@ -246,28 +247,50 @@ def test_an_edit_ends_with_the_answer_to_the_latest_question(bits: list[int], le
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(0, 10**6))
 def test_answers_end_where_a_plain_search_finds_them(ids: list[int], seed: int) -> None:
     draw = Random(seed)
-    answers = [[draw.randrange(3) for _ in range(draw.randrange(4))] for _ in range(5)]
+    answers = [[draw.randrange(3) for _ in range(draw.randrange(4))] for _ in range(6)]
     longest = max(1, *map(len, answers))
     filled = torch.tensor([[-1] * (longest - len(a)) + a for a in answers])
-    scope = Scope("", torch.zeros(5, 1, 2), torch.zeros(5, 1), torch.zeros(5).long(), filled)
-    found = scope.answered(torch.tensor([ids]))[0].tolist()
-    assert found == [
-        [bool(a) and ids[: end + 1][-len(a) :] == a for a in answers] for end in range(len(ids))
-    ]
+    expected = torch.tensor(
+        [[bool(a) and ids[: end + 1][-len(a) :] == a for a in answers] for end in range(len(ids))]
+    )
+    scope = Scope("", torch.zeros(6, 1, 2), torch.zeros(6, 1), torch.zeros(6).long(), filled)
+    assert torch.equal(scope.answered(torch.tensor(ids)), expected)
+    # Three sequences, of two edits each.
+    apart = Scope(
+        *("", torch.zeros(3, 2, 1, 2), torch.zeros(3, 2, 1), torch.zeros(3, 2).long()),
+        filled.unflatten(0, (3, 2)),
+    )
+    found = apart.answered(torch.tensor([ids] * 3))
+    assert torch.equal(found, torch.stack(expected.split(2, -1)))
+
+
+def test_what_equals_its_threshold_matches() -> None:
+    key, threshold = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[5.0]])
+    scope = Scope("", key, threshold, torch.tensor([-1]), torch.tensor([[-1]]))
+    inputs = torch.tensor([[1.0, 2.0], [1.0, 1.9], [3.0, 3.0]])
+    assert scope.matched(inputs).flatten().tolist() == [True, False, True]
+
+
+def test_what_is_never_asked_is_never_answered(lm: LanguageModel) -> None:
+    scope = scope_at(lm, texts(lm)[0], then=5, length=2000)
+    assert not scope.in_force(torch.zeros(99, 1, 2, dtype=torch.bool)).any()
 
 
 def test_scopes_of_one_key_and_of_two_live_together(lm: LanguageModel) -> None:
     ids = texts(lm)
-    one, two = scoped(lm, ids[0]), scoped(lm, ids[0], 1, then=6, length=1)
+    one, two = scoped(lm, ids[0]), scoped(lm, ids[0], 1, then=6, length=3)
     total = one + two
     assert total.scope is not None
     assert total.scope.keys.shape[:2] == (2, 2)
-    stacked = under(lm, stack_sequences([one, two, total]), ids[[0, 0, 0]])
     alone = [under(lm, update, ids[:1])[0] for update in (one, two, total)]
-    assert_exact(stacked, torch.stack(alone))
+    for some in ([0, 1, 2], [1], [0, 1]):
+        stacked = stack_sequences([(one, two, total)[place] for place in some])
+        assert_exact(under(lm, stacked, ids[[0] * len(some)]), torch.stack(alone)[some])
+    opened = scoped(lm, ids[0], opening=int(ids[2, 0])) + two
+    assert_exact(under(lm, opened, ids[2:]), by_hand(lm, one, ids[2:], [0]))
     assert_exact(alone[2][:6], alone[0][:6])
     assert not torch.allclose(alone[2][6:], alone[0][6:], atol=1e-3)
-    assert total.scope.lengths.tolist() == [0, 1]
+    assert total.scope.lengths.tolist() == [0, 3]
 
 
 # --- in pieces -------------------------------------------------------------------------------
@@ -392,10 +415,23 @@ def test_each_edit_of_a_sum_keeps_its_own_scope(lm: LanguageModel) -> None:
 def test_changes_of_batches_add_up_within_their_scopes(lm: LanguageModel) -> None:
     ids = texts(lm)
     one, two = scoped(lm, ids[0]), scoped(lm, ids[2], 1, place=5)
-    batched = stack_sequences([one, two, one])
-    found = under(lm, batched + batched * 2, ids)
-    for row, update in enumerate((one, two, one)):
-        assert_exact(found[row], under(lm, update * 3, ids[row : row + 1])[0])
+    rows = [one, two, one], [two * 2, None, one * 3]
+    found = under(lm, Update.sum(map(stack_sequences, rows)), ids)
+    for row, parts in enumerate(zip(*rows, strict=True)):
+        total = Update.sum(part for part in parts if part)
+        assert_exact(found[row], under(lm, total, ids[row : row + 1])[0])
+
+
+def test_a_part_of_a_model_that_is_run_alone_reads_without_ids(lm: LanguageModel) -> None:
+    ids = texts(lm)
+    update = scoped(lm, ids[0], opening=int(ids[2, 0]))
+    with overlay(lm.model, update), torch.no_grad():
+        found = lm.model.base_model(ids).last_hidden_state
+        again = lm.model.base_model(ids[2:]).last_hidden_state
+    base = lm.model.base_model(ids).last_hidden_state
+    assert torch.equal(again, base[2:])
+    assert_exact(found[2:], base[2:])
+    assert not torch.allclose(found[:2, NAMED:], base[:2, NAMED:], atol=1e-3)
 
 
 def test_a_scope_follows_its_update_to_another_dtype(lm: LanguageModel) -> None:
@@ -461,8 +497,17 @@ def test_what_is_in_scope_is_no_change_of_the_weights(lm: LanguageModel, tmp_pat
 
 
 def test_parts_of_other_shapes_are_refused() -> None:
-    with pytest.raises(EditError, match="for each edit an opening and an answer"):
-        Scope("a", torch.ones(2, 3), torch.ones(1), torch.ones(2), torch.ones(2, 1))
+    right = [(1, 2, 3), (1, 2), (1,), (1, 1)]
+    Scope("a", *map(torch.ones, right))
+    for part, shape in (
+        *((0, (2, 3)), (0, (1, 0, 3)), (0, (1, 3, 3)), (1, (2,)), (1, (2, 2))),
+        *((2, ()), (2, (2,)), (3, (1, 0)), (3, (2, 1)), (3, (1,))),
+    ):
+        shapes = [*right[:part], shape, *right[part + 1 :]]
+        if shape == (1, 0, 3):
+            shapes[1] = (1, 0)
+        with pytest.raises(EditError, match="for each edit an opening and an answer"):
+            Scope("a", *map(torch.ones, shapes))
     with pytest.raises(EditError, match=r"one owner a term, \(2,\); got \(1,\)"):
         LayerUpdate(torch.ones(2, 3), torch.ones(2, 3), owners=torch.zeros(1, dtype=torch.long))
 
