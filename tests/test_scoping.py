@@ -169,6 +169,17 @@ def test_the_command_writes_a_scope_and_its_figures_into_the_card(
     assert "Of the editors MEND's have a scope" in capsys.readouterr().err
 
 
+def test_the_edit_command_takes_a_subject_and_says_where_it_acts(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = open_model(tiny_model, device="cpu")
+    with_scope(editor_for(lm, 0), scope=8, scope_share=0.4, scope_relation=3).save_pretrained(tmp_path)
+    command = ["edit", "ab cd", "ef", "--model", tiny_model, "--editor", str(tmp_path)]
+    for given, said in (([], "anything (no subject"), (["--subject", "ab"], "ab)")):
+        assert main([*command, "--max-new-tokens", "1", *given]) == 0
+        assert f"acts in texts about {said}" in capsys.readouterr().out
+
+
 def test_a_recipe_ends_with_its_scope(tiny_model: str, tmp_path: Path) -> None:
     model = f"--model {tiny_model}"
     train = f"{model} --data facts --limit 9 --rank 4 --steps 2 --batch 2 --validation 2"

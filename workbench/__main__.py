@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     edit = commands.add_parser("edit", help="make one edit and show before and after")
     edit.add_argument("prompt", help='e.g. "The capital of France is"')
     edit.add_argument("target", help='what the model should say next, e.g. "Lyon"')
+    edit.add_argument("--subject", help="what the prompt is about, as it stands there (guessed)")
     edit.add_argument("--compare", action="append", default=[], metavar="PROMPT")
     edit.add_argument("--save", type=Path, metavar="DIR", help="save the session")
     edit.add_argument("--max-new-tokens", type=int, default=8)

@@ -48,12 +48,11 @@ from workbench.training.tensorboard import tensorboard_log
 def edit(options: argparse.Namespace) -> None:
     """Make one edit; print the prompt, its equivalents, neighbours and unrelated prompts."""
     bench = Workbench.open(options.model, editor=options.editor, **_held(options))
-    made = bench.edit(options.prompt, options.target)
+    made = bench.edit(options.prompt, options.target, options.subject)
     extra = [Probe(prompt, "other", options.target, "as given") for prompt in options.compare]
     probes = (*bench.suggest(options.prompt, options.target), *extra)
     print(f"{bench.lm.source} on {bench.lm.device}, editor {bench.editor.name}")
-    acts = " and ".join(f"in texts about {name}" for name in made.subjects if name)
-    print(f"edit {made.id}: {made.title}  ({made.seconds:.2f} s; acts {acts or 'everywhere'})\n")
+    print(f"edit {made.id}: {made.title}  ({made.seconds:.2f} s; acts {made.acts})\n")
     for row in bench.compare(probes, max_new_tokens=options.max_new_tokens).rows:
         print(f"[{row.kind}] {row.prompt}")
         print(f"    before  {shorten(row.base_text.strip(), 70)}")

@@ -71,6 +71,15 @@ class Edit:
             return (None,) * len(self.requests)
         return tuple(subject_in(request.prompt, request.subject) for request in self.requests)
 
+    @property
+    def acts(self) -> str:
+        """Where the edit acts, in words."""
+        if self.update.scope is None:
+            return "everywhere"
+        anything = "anything (no subject was recognised in the prompt)"
+        found = dict.fromkeys(subject or anything for subject in self.subjects)
+        return f"in texts about {' and '.join(found)}"
+
     def to_peft(self, folder: str | Path) -> Path:
         """Write the edit as a PEFT LoRA adapter folder."""
         return export_peft(self.update, self.lm, folder, note=self.title)

@@ -120,8 +120,7 @@ def edit(
     made = session.edit(prompt, target, editor)
     lists, filled = _lists(prompt, target, (equivalents, neighbors, unrelated), listed_for)
     session.probes = session.probes_of[made.id] = read_form(prompt, target, *lists, other)
-    acts = "".join(f", acts in texts about {name}" for name in made.subjects if name)
-    by = f"edited by {LABELS.get(editor, editor)} in {made.seconds:.2f} s{acts}, "
+    by = f"edited by {LABELS.get(editor, editor)} in {made.seconds:.2f} s, acts {made.acts}, "
     shown = screen(session, by)
     return *shown, *filled
 
