@@ -774,12 +774,13 @@ def test_a_session_brings_scopes_back(tmp_path: Path) -> None:
 
 
 def test_an_edit_says_where_it_acts() -> None:
-    bench = Workbench(mend().lm, mend())
+    editor = mend()
+    bench = Workbench(editor.lm, editor)
     both = bench.edit_many([EditRequest("Ada lives in", "Rome"), EditRequest("abc", "de")])
     assert both.acts.startswith("in texts about Ada and anything (no subject was recognised")
     assert bench.edit("abc lives in", "Rome", subject="abc").acts == "in texts about abc"
-    everywhere = Workbench(bench.lm, bench.editor.changed(scope=0)).edit("Ada lives in", "Rome")
-    assert everywhere.acts == "everywhere"
+    unscoped = Workbench(editor.lm, editor.changed(scope=0))
+    assert unscoped.edit("Ada lives in", "Rome").acts == "everywhere"
 
 
 def test_edits_within_scopes_are_undone_to_the_bit() -> None:

@@ -172,8 +172,9 @@ def test_the_command_writes_a_scope_and_its_figures_into_the_card(
 def test_the_edit_command_takes_a_subject_and_says_where_it_acts(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lm = open_model(tiny_model, device="cpu")
-    with_scope(editor_for(lm, 0), scope=8, scope_share=0.4, scope_relation=3).save_pretrained(tmp_path)
+    bare = editor_for(open_model(tiny_model, device="cpu"), 0)
+    scoped = with_scope(bare, scope=8, scope_share=0.4, scope_relation=3)
+    scoped.save_pretrained(tmp_path)
     command = ["edit", "ab cd", "ef", "--model", tiny_model, "--editor", str(tmp_path)]
     for given, said in (([], "anything (no subject"), (["--subject", "ab"], "ab)")):
         assert main([*command, "--max-new-tokens", "1", *given]) == 0
