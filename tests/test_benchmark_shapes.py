@@ -67,6 +67,19 @@ def test_an_outline_holds_nothing_and_is_estimated_as_it_is_filled(family: str, 
     assert bench.edit(examples[0].prompt, examples[0].target).update.is_finite()
 
 
+@pytest.mark.parametrize("shape", ["gpt-j-6b", "t5-xxl"])
+@pytest.mark.parametrize(("precision", "gib"), [("4bit", 24), ("bf16", 48)])
+def test_ten_billion_parameters_are_estimated_to_fit_one_card(shape: str, precision: str, gib: int):
+    if precision == "4bit":
+        pytest.importorskip("bitsandbytes", reason="install the extra 'quant' to run this")
+    examples, config, training = facts(64), SHAPES[shape](), TrainingConfig(batch=16)
+    tokenizer = word_tokenizer(examples, config.get_text_config().vocab_size)
+    lm = LanguageModel.wrap(outline(config, precision), tokenizer)
+    edits = texts_of(lm, examples, training)
+    needed = estimate(lm, MendConfig(rank=1920), edits, training, torch.device("cuda"))
+    assert needed.weights < needed.editing < needed.training < gib * 2**30
+
+
 def test_random_weights_are_tied_as_the_shape_says():
     lm = random_model(SHAPES["tiny"](), "float32", CPU, word_tokenizer(facts(2), 4096))
     head: Any = lm.model.get_output_embeddings()

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
 from workbench.editors.mend import Mend
-from workbench.encoding import Tokens, kl, tokenize
+from workbench.encoding import Tokens, kl, nll_and_kl, tokenize
 from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
@@ -270,16 +270,24 @@ def test_kl_is_that_of_the_definition(logits: list[list[float]]):
     assert kl(base[None], base[None]).item() == 0
 
 
-def test_kl_has_the_gradient_of_the_definition():
-    base, edited = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 3
+@pytest.mark.parametrize(("told", "rows"), [(0, 3), (3, 3), (0, 70), (40, 99), (99, 99), (0, 0)])
+def test_losses_and_their_gradient_are_those_of_the_definition(told: int, rows: int):
+    draw = torch.Generator().manual_seed(0)
+    base, edited = torch.randn(2, rows, 7, generator=draw) * 3
+    targets = torch.randint(7, (told,), generator=draw)
+    weights = torch.randn(rows, generator=draw)
     ours, theirs = edited.clone().requires_grad_(), edited.clone().requires_grad_()
-    weights = torch.tensor([1.0, 2.0, -0.5])
-    (kl(base, ours) * weights).sum().backward()
-    plain = kl_div(
-        theirs.log_softmax(-1), base.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
+    found = nll_and_kl(ours, targets, base[told:])
+    logs = theirs.log_softmax(-1)
+    before = base[told:].log_softmax(-1)
+    moved = kl_div(logs[told:], before, reduction="none", log_target=True).sum(-1)
+    plain = torch.cat((cross_entropy(logs[:told], targets, reduction="none"), moved))
+    torch.testing.assert_close(found, plain)
+    (found * weights).sum().backward(retain_graph=True)
     (plain * weights).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+    with pytest.raises(RuntimeError, match="inplace"):  # the gradient is there once
+        (found * weights).sum().backward()
 
 
 @pytest.mark.parametrize("ascent", [False, True])

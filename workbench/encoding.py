@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -312,24 +312,57 @@ def per_sequence_mean(values: Tensor, batch: Batch) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-class _Divergence(torch.autograd.Function):
-    """KL(base || edited), its gradient softmax(edited) - softmax(base) made in the same pass."""
+def _blocks(logits: Tensor, start: int, end: int) -> Iterator[slice]:
+    """Rows, few at a time on the CPU, whose cache then holds them."""
+    size = 32 if logits.is_cpu else max(1, end)
+    return (slice(first, min(first + size, end)) for first in range(start, end, size))
+
+
+class _Losses(torch.autograd.Function):
+    """NLL of the first rows and KL(base || edited) of the others; their gradient, softmax(edited)
+    less what should be, is made in the same pass."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
-        difference, after = log_softmax(base.float(), -1), log_softmax(edited.float(), -1)
-        before = difference.exp()
-        difference -= after
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(after.exp_().sub_(before))
-        return torch.linalg.vecdot(before, difference)
+    def forward(ctx: Any, edited: Tensor, targets: Tensor, base: Tensor) -> Tensor:
+        told, count = len(targets), len(edited)
+        losses = edited.new_empty(count, dtype=torch.float32)
+        slope = torch.empty_like(edited, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        for rows in _blocks(edited, 0, told):
+            after = log_softmax(edited[rows].float(), -1)
+            own = targets[rows].unsqueeze(1)
+            losses[rows] = after.gather(1, own).squeeze(1).neg_()
+            if slope is not None:
+                torch.exp(after, out=slope[rows])
+                slope[rows].scatter_add_(1, own, -torch.ones_like(own, dtype=torch.float32))
+        for rows in _blocks(edited, told, count):
+            after = log_softmax(edited[rows].float(), -1)
+            before = log_softmax(base[rows.start - told : rows.stop - told].float(), -1)
+            share = before.exp()
+            losses[rows] = torch.linalg.vecdot(share, before.sub_(after))
+            if slope is not None:
+                torch.sub(after.exp_(), share, out=slope[rows])
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return None, slope * slopes[0].unsqueeze(-1)
+        return slope.mul_(slopes[0].unsqueeze(-1)), None, None  # once: autograd sees to that
+
+
+def nll_and_kl(edited: Tensor, targets: Tensor, base: Tensor) -> Tensor:
+    """Losses of next-token distributions, nats, `(n,)`: -log p of the first rows' targets, then
+    KL(base || edited) of the rows that are left.
+
+    Args:
+        edited: Logits, `(n, vocabulary)`.
+        targets: Ids, `(m,)`.
+        base: Logits of the original, `(n - m, vocabulary)`.
+    """
+    return _Losses.apply(edited, targets, base)  # type: ignore[no-any-return]
 
 
 def kl(base: Tensor, edited: Tensor) -> Tensor:
     """KL(base || edited) of next-token distributions, nats, `(n, vocabulary)` -> `(n,)`."""
-    return _Divergence.apply(base, edited)  # type: ignore[no-any-return]
+    return nll_and_kl(edited, edited.new_empty(0, dtype=torch.long), base)

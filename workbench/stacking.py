@@ -31,7 +31,9 @@ def of_sequences(update: Update, places: int | Tensor) -> Update:
     """Of a batch's update that of one sequence, or of several, `(sequences,)`; some may repeat."""
 
     def pick(tensor: Tensor) -> Tensor:
-        return tensor[places if isinstance(places, int) else places.to(tensor.device)]
+        if isinstance(places, int):
+            return tensor[places]
+        return tensor.index_select(0, places.to(tensor.device))
 
     def picked(layer: LayerUpdate) -> LayerUpdate:
         found = (None if t is None else pick(t) for t in (layer.threshold, layer.owners))

@@ -79,7 +79,7 @@ class LayerUpdate:
             inputs: The layer's inputs; leading axes as the factors' or none.
             reached: Which edits of the scope are in force, `(..., tokens, edits)` bool; None: all.
         """
-        return self.scale * (self.acting(inputs, reached) @ self.B)
+        return (self.scale * self.acting(inputs, reached)) @ self.B
 
     def acting(self, inputs: Tensor, reached: Tensor | None = None) -> Tensor:
         """How strongly each term acts, `(..., tokens, rank)`; arguments as those of `apply`."""

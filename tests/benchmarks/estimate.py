@@ -93,7 +93,7 @@ def estimate(
         optimizer=3 * _FLOAT * learned,
         activations=batch.networks(graph=True)
         + 3 * everything.factors()
-        + max(everything.run(texts, overlaid=True) for texts in everything.batches(device)),
+        + max(everything.run(texts, device) for texts in everything.batches(device)),
         cache=cache,
     )
 
@@ -115,13 +115,17 @@ class _Work:
 
     def batches(self, device: torch.device) -> Iterator[list[Tokens]]:
         """The texts that run through the model together."""
-        for kind in ("equivalents", "locality"):
-            texts = [text for edit in self.edits for text in getattr(edit, kind)]
-            for places in passes(self.lm, texts, device):
-                yield [texts[place] for place in places]
+        texts = [text for edit in self.edits for text in (*edit.equivalents, *edit.locality)]
+        for places in passes(self.lm, texts, device):
+            yield [texts[place] for place in places]
 
-    def run(self, texts: Sequence[Tokens], overlaid: bool = False) -> int:
-        """Of a forward and a backward pass: the blocks above the cut, and logits at the targets."""
+    def run(self, texts: Sequence[Tokens], scored_on: torch.device | None = None) -> int:
+        """Of a forward and a backward pass: the blocks above the cut, and logits at the targets.
+
+        Args:
+            texts: That run together.
+            scored_on: Where training scores them under an overlay; None: an edit's own pass.
+        """
         count, read, written = len(texts), *_lengths(self.lm, texts)
         held = scratch = 0
         for stack in self.lm.stacks:
@@ -132,12 +136,14 @@ class _Work:
                 taken = count * length * (passed * self.each + 4 * self.width * _FLOAT)
                 scratch = max(scratch, taken)
                 held += taken if stack is not self.lm.stacks[0] or index >= self.start else 0
-        if overlaid:  # inputs and changes in float32; a copy of each text's own edit, its gradient
+        if scored_on:  # inputs and changes in float32; a copy of each text's own edit, its gradient
             rows = count * (read + 2 * self.terms)
             held += rows * _FLOAT * sum(x.in_features + x.out_features for x in self.editor.layers)
         targets = sum(len(text.targets) for text in texts)
         vocabulary = self.lm.model.config.get_text_config().vocab_size
-        logits = targets * vocabulary * (2 * self.each + 5 * _FLOAT)
+        # On the CPU a few rows' distributions at a time; their gradient stays.
+        floats = 1 if scored_on and scored_on.type == "cpu" else 4
+        logits = targets * vocabulary * (2 * self.each + floats * _FLOAT)
         return held + scratch + logits + self._unpacked()
 
     def factors(self) -> int:

@@ -38,8 +38,9 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x: (modes, rows, width). clamp, not relu: its gradient at 0 is 1, so U = 0 can learn.
-        inner = (x @ self.V.T) @ self.U.T + self.bias
-        inner = (inner * self.scale.unsqueeze(1) + self.offset.unsqueeze(1)).clamp(min=0)
+        scale, offset = self.scale.unsqueeze(1), self.offset.unsqueeze(1)
+        shift = torch.addcmul(offset, scale, self.bias)
+        inner = torch.addcmul(shift, scale, (x @ self.V.T) @ self.U.T).clamp(min=0)
         return x + inner if self.identity else inner
 
 

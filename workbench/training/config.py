@@ -87,7 +87,7 @@ class TrainingConfig:
     late_first_step: bool = False
     reset_statistics: bool = False
     accumulate: int = 1
-    chunk: int = 32
+    chunk: int = 64
     checkpointing: bool = False
     cache_gb: float = 2.0
     health_after: int = 300

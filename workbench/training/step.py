@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench import parallel
@@ -20,6 +21,7 @@ from workbench.encoding import (
     Tokens,
     collate,
     kl,
+    nll_and_kl,
     passes,
     per_sequence_mean,
     sequence_nll,
@@ -141,8 +143,7 @@ class MetaStep:
         if not whole:
             del made
         with torch.set_grad_enabled(backward):
-            edit_loss, success = self._equivalents(edits, leaves, at_once, counts.equivalents)
-            locality, base = self._locality(edits, leaves, at_once, counts.locality)
+            edit_loss, success, locality, base = self._scored(edits, leaves, at_once, counts)
         if backward:
             slopes = [leaf.grad for leaf in leaves.tensors()]
             if whole:
@@ -191,51 +192,52 @@ class MetaStep:
                 found[place] = tuple(sides)
         return [found[place] for place in range(len(texts))]
 
-    def _equivalents(
-        self, edits: Sequence[EditTexts], leaves: Update, at_once: int, count: int
-    ) -> tuple[float, float]:
-        """Loss of the equivalents under their edits, and how many are exact, by their count.
+    def _scored(
+        self, edits: Sequence[EditTexts], leaves: Update, at_once: int, counts: _Counts
+    ) -> tuple[float, ...]:
+        """Score each text under its edits.
 
-        Where the leaves want gradient, that of the weighted loss is added to theirs: one batch
-        at a time, so that one batch's logits are held at a time.
+        Where the leaves want gradient, that of the weighted losses is added to theirs: one pass at
+        a time, so that one pass's logits are held at a time.
+
+        Returns:
+            Loss of the equivalents, share of them that are exact, KL of the original to the edited
+            model on what must not change, and to a trained base; each by its count.
         """
-        texts, owners = _owned([edit.equivalents for edit in edits], at_once)
-        losses, exact = [], []
-        for places in passes(self.lm, texts):
+        config, lm = self.config, self.lm
+        told, tellers = _owned([edit.equivalents for edit in edits], at_once)
+        held, holders = _owned(self._held(edits, leaves, at_once), at_once)
+        texts, owners = told + held, torch.cat((tellers, holders))
+        sums = torch.zeros(4)
+        for places in map(sorted, passes(lm, texts)):
             some = [texts[place] for place in places]
             batch, hidden = self._batch(some)
             logits = self._edited(batch, hidden, leaves, owners[places])
-            nll = self._edit_loss(sequence_nll(logits, batch), some)
-            if nll.requires_grad:
-                (self.config.c_edit / count * nll.sum()).backward()
-            right = (logits.detach().argmax(-1) == batch.targets).float()
-            losses.append(nll.detach())
-            exact.append((per_sequence_mean(right, batch) == 1).float())
-        return torch.cat(losses).sum().item() / count, torch.cat(exact).sum().item() / count
+            first = sum(place < len(told) for place in places)
+            cut = sum(len(text.targets) for text in some[:first])
+            base = self.cache.logits(some[first:]) if some[first:] else logits[:0]
+            means = per_sequence_mean(nll_and_kl(logits, batch.targets[:cut], base), batch)
+            following = self._edit_loss(means[:first], some[:first]).sum() / counts.equivalents
+            moved = means[first:].sum() / max(1, counts.locality)
+            if means.requires_grad:
+                (config.c_edit * following + config.c_locality * moved).backward()
+            right = (logits.detach()[:cut].argmax(-1) == batch.targets[:cut]).float()
+            right = pad(right, (0, len(logits) - cut))
+            exact = (per_sequence_mean(right, batch) == 1).sum() / counts.equivalents
+            sums[:3] += torch.stack((following.detach(), exact, moved.detach())).cpu()
+            if some[first:] and self.editor.trains_base:
+                sums[3] += self._base_moved(some[first:], base, counts.locality)
+        return tuple(sums.tolist())
 
-    def _locality(
-        self, edits: Sequence[EditTexts], leaves: Update, at_once: int, count: int
-    ) -> tuple[float, float]:
-        """KL of the original to the edited model, and to a trained base, on what must not change,
-        by their count; gradients as `_equivalents`."""
-        texts, owners = _owned(self._held(edits, leaves, at_once), at_once)
-        edited, moved = [], []
-
-        def divergence(base: Tensor, logits: Tensor, batch: Batch, weight: float) -> Tensor:
-            found = per_sequence_mean(kl(base, logits), batch)
-            if found.requires_grad:
-                (weight / count * found.sum()).backward()
-            return found.detach()
-
-        for places in passes(self.lm, texts) if texts else ():
-            batch, hidden = self._batch([texts[place] for place in places])
-            base = self.cache.logits([texts[place] for place in places])
-            logits = self._edited(batch, hidden, leaves, owners[places])
-            edited.append(divergence(base, logits, batch, self.config.c_locality))
-            if self.editor.trains_base:
-                logits = self.trunk.logits(batch, hidden, nullcontext)
-                moved.append(divergence(base, logits, batch, self.config.c_base))
-        return tuple(torch.cat(f).sum().item() / count if f else 0.0 for f in (edited, moved))  # type: ignore[return-value]
+    def _base_moved(self, texts: Sequence[Tokens], base: Tensor, count: int) -> Tensor:
+        """KL of the original to the trained base, by its count; its weighted gradient is added to
+        the base's."""
+        batch, hidden = self._batch(texts)
+        logits = self.trunk.logits(batch, hidden, nullcontext)
+        moved = per_sequence_mean(kl(base, logits), batch).sum() / count
+        if moved.requires_grad:
+            (self.config.c_base * moved).backward()
+        return moved.detach().cpu()
 
     @torch.no_grad()
     def _held(
