@@ -249,21 +249,21 @@ def bad_update(lm: LanguageModel, name: str, out_features: int, in_features: int
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "said"),
     [
-        ("model.layers.9.mlp.up_proj", (48, 32)),  # no such block
-        ("model.layers.3.mlp.up_proj", (32, 48)),  # other widths
-        ("model.layers.3.mlp", (32, 32)),  # no matrix
-        ("model.layers.3.mlp.act_fn", (32, 32)),  # nor any parameter
-        ("", (99, 32)),
+        ("model.layers.9.mlp.up_proj", (48, 32), "does not have"),  # no such block
+        ("model.layers.3.mlp.up_proj", (32, 48), "48 -> 32 features; in this model it is 32 -> 48"),
+        ("model.layers.3.mlp", (32, 32), "is no linear layer"),
+        ("model.layers.3.mlp.act_fn", (32, 32), "is no linear layer"),  # nor has any parameter
+        ("", (99, 32), "is no linear layer"),
     ],
 )
 def test_updates_of_another_model_are_refused(
-    llama: LanguageModel, name: str, shape: tuple[int, int]
+    llama: LanguageModel, name: str, shape: tuple[int, int], said: str
 ) -> None:
     def run() -> None:
         with (
-            pytest.raises(EditError, match="another model"),
+            pytest.raises(EditError, match=f"The update changes .*{said}.*another model"),
             overlay(llama.model, bad_update(llama, name, *shape)),
         ):
             pass

@@ -718,6 +718,8 @@ def test_an_edit_whose_subject_is_not_told_acts_everywhere() -> None:
         ("What is John Poynting\u2019s field?", None, "John Poynting"),
         ("The capital of France is", "Spain", "France"),
         ("bees make", "bees", "bees"),
+        ("bees make Bees", "bees", "Bees"),
+        ("Q: What is the atomic number of helium?\nA:", None, "helium"),
         ("bees make", None, None),
     ],
 )
@@ -730,11 +732,12 @@ def test_a_subject_that_opens_its_text_is_known_by_its_token() -> None:
     lm = language_model("llama")
     layer = lm.layers([1])[0]
     metric = torch.eye(layer.in_features)
-    texts = [about(lm, tokenize(lm, prompt, "x"), prompt, "b") for prompt in ("b is", "Is b")]
-    assert [text.subject for text in texts] == [(0, 0), (3, 3)]
-    inputs = torch.zeros(2, 8, layer.in_features)
+    asked = [("b is", "b"), ("Is b", "b"), ("Is bc", "bc")]
+    texts = [about(lm, tokenize(lm, prompt, "x"), prompt, name) for prompt, name in asked]
+    assert [text.subject for text in texts] == [(0, 0), (3, 3), (3, 4)]
+    inputs = torch.zeros(3, 8, layer.in_features)
     scope = scope_of(lm, layer, Measure(metric, 0.5), None, texts, inputs, reader(lm, layer))
-    assert scope.openings.tolist() == [texts[0].ids[0], lm.tokenizer("B")["input_ids"][0]]
+    assert scope.openings.tolist() == [texts[0].ids[0], lm.tokenizer("B")["input_ids"][0], -1]
     # The first key is what the layer reads of the subject within another text, not of its own.
     assert scope.keys[0].abs().sum() > 0
     assert scope.thresholds[0] > 0
@@ -750,6 +753,9 @@ def test_a_subject_is_read_whole_in_a_plain_sentence() -> None:
     # It reads 64 tokens at most: what is too long loses its beginning, not the name.
     whole = "It is about " + "y" * 55
     assert written == {1: "It is about Ys F.C", 2: "It is about Ys", 3: whole[-64:]}
+    unlimited = language_model("t5")
+    (long,) = sentences(unlimited, texts[2:]).values()
+    assert whole in unlimited.tokenizer.decode(list(long.ids))
 
 
 # --- people's edits --------------------------------------------------------------------------
