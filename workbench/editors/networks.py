@@ -109,12 +109,12 @@ class EditorNetwork(nn.Module):
         kept = live.any(0).nonzero().squeeze(1)
         mask = live[:, kept].unsqueeze(-1)
         found = []
-        pseudo = [rows * mask for rows in self(activation[:, kept], delta[:, kept])]
-        for mode, part in enumerate(parts):
+        pseudo = (rows * mask for rows in self(activation[:, kept], delta[:, kept]))
+        for part, *sides in zip(parts, *(rows.unbind() for rows in pseudo), strict=True):
             shape = part.activation.shape[:2]
             whole = (
-                rows.new_zeros(live.shape[1], rows.shape[-1]).index_copy(0, kept, rows[mode])
-                for rows in pseudo
+                rows.new_zeros(live.shape[1], rows.shape[-1]).index_copy(0, kept, rows)
+                for rows in sides
             )
             found.append(Factors(*(w[: shape.numel()].unflatten(0, shape) for w in whole)))
         return found
