@@ -49,10 +49,11 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the last: of names that no file can have
+        reason = getattr(error, "strerror", None) or error
         raise FileError(
-            f"{path} cannot be written: {error.strerror or error}. What stood there before is as "
-            f"it was. Make room, or give a folder that can be written."
+            f"{path} cannot be written: {reason}. What stood there before is as it was. Make room, "
+            f"or give a folder that can be written."
         ) from None
 
 

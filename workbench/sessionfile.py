@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench.checks import check_text, path_of
 from workbench.editors import Editor, EditRequest, FineTune, editor_source, open_editor
-from workbench.encoding import check_text
-from workbench.errors import EditError, EditorError
+from workbench.errors import EditError, EditorError, FileError
 from workbench.files import MALFORMED, read_tensors, write_tensors, write_text
 from workbench.layers import DENSE
 from workbench.models import LanguageModel
@@ -95,8 +95,11 @@ def write_session(
         lm: The model the edits were made for.
         editor: What made them.
         edits: Oldest first.
+
+    Raises:
+        FileError: The folder cannot be written, or the disk is full.
     """
-    folder = Path(folder)
+    folder = path_of(folder, FileError)
     tensors: dict[str, Tensor] = {}
     listed = []
     for place, edit in enumerate(edits):
@@ -140,7 +143,7 @@ def read_session(folder: str | Path) -> SavedSession:
     Raises:
         EditError: The folder holds no session that this version can read.
     """
-    path = Path(folder) / _FILE
+    path = path_of(folder, EditError) / _FILE
     tensors, metadata = read_tensors(path, EditError)
     try:
         about = json.loads(metadata["about"])
