@@ -216,8 +216,8 @@ def test_a_method_answers_or_says_why_not(fresh: Workbench, name: str, data: st.
         (lambda wb: wb.save("a\0b"), FileError, r"'a\\x00b' cannot be a file or folder"),
         (lambda wb: wb.to_peft(None), FileError, "None cannot be a file or folder"),
         (lambda wb: wb.add_peft("x" * 300), EditError, "cannot be a file or folder: .*too long"),
-        (lambda wb: Workbench.load(3), EditError, "3 cannot be a file or folder"),
-        (lambda wb: Workbench.open(3), ModelError, "Cannot open '3'"),
+        (lambda wb: type(wb).load(3), EditError, "3 cannot be a file or folder"),
+        (lambda wb: type(wb).open(3), ModelError, "Cannot open '3'"),
     ],
 )
 def test_a_method_names_what_it_cannot_take(

@@ -93,13 +93,15 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 from itertools import count
 from families import language_model
+from runs import trainer_for
 from test_faults import mend
-from workbench import Workbench, WorkbenchError
+from workbench import EditorError, Workbench, WorkbenchError
 from workbench.adapters import import_peft
 from workbench.editors import TrainableEditor
-from workbench.files import write_text
+from workbench.files import read_tensors, write_text
 from workbench.gguf import prepare
 from workbench.sessionfile import read_session
+from workbench.training import CHECKPOINT
 
 root = Path(sys.argv[1])
 wb = Workbench(language_model("llama"), mend(language_model("llama")))
@@ -123,6 +125,19 @@ def keep(folder, n):
     wb.editor.card = {"n": n}
     wb.editor.save_pretrained(folder)
 
+whole = {}
+
+def train(folder, n):  # one step, or to the end
+    trainer = trainer_for(folder, steps=3, save_every=1, on_step=lambda *_: n == 2)
+    trainer.run(resume=True, bar=False)
+    left = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+    assert n == 1 or left == (whole or left), "the run does not resume to the bit"
+    return left
+
+def trained(folder):
+    _, about = read_tensors(folder / CHECKPOINT, EditorError)
+    return 1 + (json.loads(about["about"])["progress"]["step"] == 3)
+
 TASKS = {
     "session": (lambda folder, n: (one, wb)[n - 1].save(folder),
                 lambda folder: len(read_session(folder).edits)),
@@ -130,6 +145,7 @@ TASKS = {
     "editor": (keep,
                lambda folder: TrainableEditor.from_pretrained(folder, wb.lm).card["n"]),
     "unpacked": (lambda folder, n: unpack(folder, n) if n == 2 else folder.mkdir(), unpacked),
+    "run": (train, trained),
 }
 
 def arm(point):
@@ -142,6 +158,7 @@ def arm(point):
 
 os.fsync = lambda file: None  # the machine stays on: what is written is there
 (root / "source").touch()
+whole = train(root / "whole", 2)
 for task, (write, look) in TASKS.items():
     for point in count():
         folder = root / f"{task}-{point}"
@@ -180,7 +197,7 @@ def test_a_write_killed_at_any_moment_leaves_the_old_the_new_or_nothing(tmp_path
         assert signal in (9, 0)
         assert again == 2
         found.setdefault(task, []).append(left)
-    for task, first in (("session", 1), ("editor", 1), ("unpacked", 0)):
+    for task, first in (("session", 1), ("editor", 1), ("unpacked", 0), ("run", 1)):
         assert set(found[task]) == {first, 2}
         assert found[task] == sorted(found[task])
     # Two files make an adapter: between them there is none, and never a mixture.
@@ -204,7 +221,11 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("write", [Workbench.save, Workbench.to_peft])
+@pytest.mark.parametrize(
+    "write",
+    [Workbench.save, Workbench.to_peft, lambda wb, folder: wb.editor.save_pretrained(folder)],
+    ids=["session", "adapter", "editor"],
+)
 def test_a_full_disk_leaves_what_was_saved_before(
     tmp_path: Path, write: Callable[[Workbench, Path], object]
 ):
