@@ -24,6 +24,7 @@ from runs import left_by, trainer_for
 from test_conformance import MAKERS, traces
 from tokenizers import normalizers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from apps.editor.markup import header
 from workbench import (
@@ -333,6 +334,48 @@ def test_without_memory_nothing_changes_and_the_message_says_what_to_do(
     assert kept is None or kept.__traceback__ is None  # whose frames would hold what was computed
     assert wb.history == history
     assert torch.equal(said(wb), before)
+
+
+class Short(TorchFunctionMode):
+    """Memory for so many operations, then none."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            no_memory()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("left", [0, 3])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda wb, folder: wb.inspect(2),
+        lambda wb, folder: wb.overlap(),
+        lambda wb, folder: wb.add_peft(folder / "adapter"),
+        lambda wb, folder: wb.to_peft(folder / "another"),
+        lambda wb, folder: Workbench.load(folder / "session", workbench=wb),
+    ],
+    ids=["inspect", "overlap", "add_peft", "to_peft", "load"],
+)
+def test_without_memory_nothing_is_looked_at_or_taken_in(
+    act: Callable[[Workbench, Path], object], left: int, tmp_path: Path
+):
+    wb = bench()
+    wb.edit(PROMPT, TARGET)
+    wb.save(tmp_path / "session")
+    wb.to_peft(tmp_path / "adapter")
+    wb.edit("The sea at Ulm is", "q")  # nothing has looked at it yet
+    before, history = said(wb), wb.history
+    with Short(left), pytest.raises(OutOfMemory, match="not enough memory"):
+        act(wb, tmp_path)
+    assert wb.history == history
+    assert torch.equal(said(wb), before)
+    act(wb, tmp_path)  # as soon as there is memory
 
 
 def test_without_memory_a_model_is_not_opened(tiny_model: str, monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from workbench.errors import EditorError, FileError, WorkbenchError
+from workbench.shortage import is_shortage
 
 # What reading settings out of JSON raises where that holds others than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -97,6 +98,8 @@ def _opened(path: Path, error: Callable[[str], WorkbenchError]) -> Iterator[safe
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, RuntimeError) as problem:
+        if is_shortage(problem):
+            raise
         raise error(f"{path} is damaged or no safetensors file: {problem}.") from None
 
 

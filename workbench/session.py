@@ -157,11 +157,13 @@ class Workbench(History):
             )
         return self._push(asked, proposal.update, seconds, proposal)
 
+    @memory_errors()
     def add_peft(self, folder: str | Path) -> Edit:
         """Take a PEFT LoRA adapter folder in as an edit.
 
         Raises:
             EditError: No adapter that can be read there, or it does not fit the model.
+            OutOfMemory: It takes more memory than there is; nothing has changed.
         """
         start = time.perf_counter()
         update = import_peft(folder, self.lm)
@@ -198,6 +200,7 @@ class Workbench(History):
             raise EditError(f"Edit {found.id} was imported as an adapter: it has no factors.")
         return found.trace
 
+    @memory_errors()
     def overlap(self) -> Overlap:
         """How far the live edits write in each other's direction, whether on or off."""
         return overlap_of({f"{edit.id} · {edit.title}": edit.update for edit in self.edits})
@@ -321,6 +324,7 @@ class Workbench(History):
         return write_session(folder, self.lm, self.editor, edits)
 
     @classmethod
+    @memory_errors()
     def load(
         cls, folder: str | Path, *, workbench: Workbench | None = None, **options: Any
     ) -> Workbench:
@@ -335,6 +339,7 @@ class Workbench(History):
         Raises:
             EditError: No readable session there, or it was made over another model.
             ModelError: It is a chat's, and the model has no chat template.
+            OutOfMemory: It takes more memory than there is.
         """
         saved = read_session(folder)
         chat = saved.chat
@@ -351,6 +356,7 @@ class Workbench(History):
                 bench.strength(edit.id, item.strength)
         return bench
 
+    @memory_errors()
     def to_peft(self, folder: str | Path) -> Path:
         """Write all live edits together as one PEFT LoRA adapter folder.
 

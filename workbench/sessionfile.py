@@ -21,6 +21,7 @@ from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.results import EditTrace, LayerTrace, as_json
 from workbench.scope import Scope
+from workbench.shortage import is_shortage
 from workbench.updates import LayerUpdate, Update
 
 _FILE = "session.safetensors"
@@ -154,6 +155,8 @@ def read_session(folder: str | Path) -> SavedSession:
         chat, settings = _of(bool, about.get("chat", False)), _of(dict, about["settings"])
         return SavedSession(model, fingerprint, chat, editor, settings, edits)
     except MALFORMED as error:
+        if is_shortage(error):
+            raise
         raise EditError(
             f"{path} holds no session that this version can read ({error!r})."
         ) from None
