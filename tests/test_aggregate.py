@@ -179,7 +179,7 @@ def test_a_workbench_edits_by_least_squares_and_undoes_it(editor: Mend) -> None:
 def test_what_cannot_be_put_together_says_why(editor: Mend) -> None:
     with pytest.raises(EditError, match="aggregation must be one of sum, ridge, sequence"):
         propose_together(editor, REQUESTS, "mean")  # type: ignore[arg-type]
-    with pytest.raises(EditError, match="damping must be 0 or more; got -1"):
+    with pytest.raises(EditError, match="damping must be a number between 0 and 1,000,000; got -1"):
         propose_together(editor, REQUESTS, "ridge", -1)
     with pytest.raises(EditError, match="nothing to edit"):
         propose_together(editor, [], "ridge")

@@ -24,6 +24,7 @@ from runs import left_by, trainer_for
 from test_conformance import MAKERS, traces
 from tokenizers import normalizers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from apps.editor.markup import header
 from workbench import (
@@ -93,13 +94,15 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 from itertools import count
 from families import language_model
+from runs import trainer_for
 from test_faults import mend
-from workbench import Workbench, WorkbenchError
+from workbench import EditorError, Workbench, WorkbenchError
 from workbench.adapters import import_peft
 from workbench.editors import TrainableEditor
-from workbench.files import write_text
+from workbench.files import read_tensors, write_text
 from workbench.gguf import prepare
 from workbench.sessionfile import read_session
+from workbench.training import CHECKPOINT
 
 root = Path(sys.argv[1])
 wb = Workbench(language_model("llama"), mend(language_model("llama")))
@@ -123,6 +126,19 @@ def keep(folder, n):
     wb.editor.card = {"n": n}
     wb.editor.save_pretrained(folder)
 
+whole = {}
+
+def train(folder, n):  # one step, or to the end
+    trainer = trainer_for(folder, steps=3, save_every=1, on_step=lambda *_: n == 2)
+    trainer.run(resume=True, bar=False)
+    left = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+    assert n == 1 or left == (whole or left), "the run does not resume to the bit"
+    return left
+
+def trained(folder):
+    _, about = read_tensors(folder / CHECKPOINT, EditorError)
+    return 1 + (json.loads(about["about"])["progress"]["step"] == 3)
+
 TASKS = {
     "session": (lambda folder, n: (one, wb)[n - 1].save(folder),
                 lambda folder: len(read_session(folder).edits)),
@@ -130,6 +146,7 @@ TASKS = {
     "editor": (keep,
                lambda folder: TrainableEditor.from_pretrained(folder, wb.lm).card["n"]),
     "unpacked": (lambda folder, n: unpack(folder, n) if n == 2 else folder.mkdir(), unpacked),
+    "run": (train, trained),
 }
 
 def arm(point):
@@ -142,6 +159,7 @@ def arm(point):
 
 os.fsync = lambda file: None  # the machine stays on: what is written is there
 (root / "source").touch()
+whole = train(root / "whole", 2)
 for task, (write, look) in TASKS.items():
     for point in count():
         folder = root / f"{task}-{point}"
@@ -180,7 +198,7 @@ def test_a_write_killed_at_any_moment_leaves_the_old_the_new_or_nothing(tmp_path
         assert signal in (9, 0)
         assert again == 2
         found.setdefault(task, []).append(left)
-    for task, first in (("session", 1), ("editor", 1), ("unpacked", 0)):
+    for task, first in (("session", 1), ("editor", 1), ("unpacked", 0), ("run", 1)):
         assert set(found[task]) == {first, 2}
         assert found[task] == sorted(found[task])
     # Two files make an adapter: between them there is none, and never a mixture.
@@ -204,7 +222,11 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("write", [Workbench.save, Workbench.to_peft])
+@pytest.mark.parametrize(
+    "write",
+    [Workbench.save, Workbench.to_peft, lambda wb, folder: wb.editor.save_pretrained(folder)],
+    ids=["session", "adapter", "editor"],
+)
 def test_a_full_disk_leaves_what_was_saved_before(
     tmp_path: Path, write: Callable[[Workbench, Path], object]
 ):
@@ -312,6 +334,48 @@ def test_without_memory_nothing_changes_and_the_message_says_what_to_do(
     assert kept is None or kept.__traceback__ is None  # whose frames would hold what was computed
     assert wb.history == history
     assert torch.equal(said(wb), before)
+
+
+class Short(TorchFunctionMode):
+    """Memory for so many operations, then none."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            no_memory()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("left", [0, 3])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda wb, folder: wb.inspect(2),
+        lambda wb, folder: wb.overlap(),
+        lambda wb, folder: wb.add_peft(folder / "adapter"),
+        lambda wb, folder: wb.to_peft(folder / "another"),
+        lambda wb, folder: Workbench.load(folder / "session", workbench=wb),
+    ],
+    ids=["inspect", "overlap", "add_peft", "to_peft", "load"],
+)
+def test_without_memory_nothing_is_looked_at_or_taken_in(
+    act: Callable[[Workbench, Path], object], left: int, tmp_path: Path
+):
+    wb = bench()
+    wb.edit(PROMPT, TARGET)
+    wb.save(tmp_path / "session")
+    wb.to_peft(tmp_path / "adapter")
+    wb.edit("The sea at Ulm is", "q")  # nothing has looked at it yet
+    before, history = said(wb), wb.history
+    with Short(left), pytest.raises(OutOfMemory, match="not enough memory"):
+        act(wb, tmp_path)
+    assert wb.history == history
+    assert torch.equal(said(wb), before)
+    act(wb, tmp_path)  # as soon as there is memory
 
 
 def test_without_memory_a_model_is_not_opened(tiny_model: str, monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "shortage", "files", "recompute", "parallel"),
+    ("cancel", "checks", "shortage", "files", "recompute", "parallel"),
     ("data", "claims", "hub", "readers", "corpus", "sharing", "cards"),
     ("gguf", "shipped", "subjects"),
     ("layers", "models", "memory", "encoding", "masks", "scope"),

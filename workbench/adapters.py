@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import EditError
+from workbench.checks import path_of
+from workbench.errors import EditError, FileError
 from workbench.files import read_tensors, write_tensors, write_text, writing
 from workbench.layers import DENSE, EditableLayer
 from workbench.models import LanguageModel
@@ -81,7 +82,7 @@ def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str
         EditError: The update is batched, gated or empty, or does not fit the model.
         FileError: The folder cannot be written, or the disk is full.
     """
-    folder, layers = Path(folder), _editable(lm)
+    folder, layers = path_of(folder, FileError), _editable(lm)
     if update.gated:
         raise EditError(
             "An edit with a gate or a scope acts only where a layer's input matches its keys, and "
@@ -157,7 +158,7 @@ def import_peft(folder: str | Path, lm: LanguageModel) -> Update:
         EditError: A file is missing or damaged; the adapter is more than a low-rank change of
             linear layers; or it does not fit the model.
     """
-    folder, layers = Path(folder), _editable(lm)
+    folder, layers = path_of(folder, EditError), _editable(lm)
     config = _read_config(folder)
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise EditError(

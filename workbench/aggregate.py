@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from workbench.checks import check_number
 from workbench.editors import Editor, EditRequest, Proposal
 from workbench.editors.proposals import capture_edits, joined
 from workbench.errors import EditError
@@ -37,12 +38,13 @@ def propose_together(
 
     Raises:
         EditError: The aggregation is unknown, a request cannot be carried out, or the damping of
-            "ridge" is negative.
+            "ridge" is none.
     """
     if aggregation not in get_args(Aggregation):
-        raise EditError(
-            f"aggregation must be one of {', '.join(get_args(Aggregation))}; got {aggregation!r}."
-        )
+        known = ", ".join(get_args(Aggregation))
+        raise EditError(f"aggregation must be one of {known}; got {aggregation!r:.80}.")
+    if aggregation == "ridge":
+        check_number(damping, "damping", 0, 10**6)
     if aggregation == "sum":
         return editor.propose(requests)
     if not requests:
@@ -97,10 +99,9 @@ def ridge(
         damping: 0 fits the edits' own inputs exactly; more keeps the change small.
 
     Raises:
-        EditError: Damping is negative.
+        EditError: Damping is negative, no number, or beyond a million.
     """
-    if damping < 0:
-        raise EditError(f"damping must be 0 or more; got {damping}.")
+    damping = check_number(damping, "damping", 0, 10**6)
     updates = Update.in_one_scope(updates)
     scope = updates[0].scope if updates else None
     reached = [

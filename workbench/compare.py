@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any, cast
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from workbench.cancel import checkpoint
+from workbench.checks import check_count, check_text
 from workbench.encoding import (
     Batch,
     as_read,
-    check_text,
     collate,
     encode,
     has_label,
@@ -26,11 +27,13 @@ from workbench.encoding import (
     tokenize,
 )
 from workbench.errors import EditError
+from workbench.files import MALFORMED
 from workbench.metrics import total_variation
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.probes import Probe
 from workbench.results import Comparison, PromptComparison
+from workbench.shortage import is_shortage
 from workbench.updates import Update
 from workbench.views import target_logits
 
@@ -55,13 +58,12 @@ def generate_texts(
 
     Raises:
         EditError: A prompt is empty or no text, the prompts with their continuations are longer
-            than the model reads, or it does not generate text.
+            than the model reads, it does not generate text, or transformers fails with the options.
         Cancelled: See `cancellable`.
     """
     if lm.kind == "classifier":
         raise EditError("A classifier has no continuation: compare its labels' probabilities.")
-    if max_new_tokens < 1:
-        raise EditError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+    check_count(max_new_tokens, "max_new_tokens")
     for prompt in prompts:
         check_text(prompt, "prompt")
         if not prompt.strip():
@@ -73,13 +75,6 @@ def generate_texts(
     # A decoder writes on from its last token; an encoder may count positions from its first.
     ids, mask = padded(read, cast(int, tokenizer.pad_token_id), left=lm.kind == "causal")
     _check_length(lm, ids.shape[1], max_new_tokens)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    settings["pad_token_id"] = tokenizer.pad_token_id
-    if config := deepcopy(options.pop("generation_config", None)):
-        config.update(**settings)  # transformers takes a configuration or settings, not both
-        settings = {"generation_config": config}
-    else:
-        settings |= {"do_sample": False, "num_beams": 1}
     start = 0 if lm.kind == "seq2seq" else ids.shape[1]
 
     def texts(tokens: Tensor) -> list[str]:
@@ -92,15 +87,37 @@ def generate_texts(
             watch(texts(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    stops = [*options.pop("stopping_criteria", ()), each_token]
-    with torch.no_grad():
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    settings["pad_token_id"] = tokenizer.pad_token_id
+    with torch.no_grad(), _taking(options):
+        stops = [*options.pop("stopping_criteria", ()), each_token]
+        if config := deepcopy(options.pop("generation_config", None)):
+            config.update(**settings)  # transformers takes a configuration or settings, not both
+            settings = {"generation_config": config}
+        else:
+            settings |= {"do_sample": False, "num_beams": 1}
         output = cast(Any, lm.model).generate(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
             stopping_criteria=stops,
             **(settings | options),
         )
-    return texts(getattr(output, "sequences", output))
+        return texts(getattr(output, "sequences", output))
+
+
+@contextmanager
+def _taking(options: Mapping[str, Any]) -> Iterator[None]:
+    """Say of options that transformers fails with which they are."""
+    given = dict(options)
+    try:
+        yield
+    except MALFORMED as error:
+        if not given or is_shortage(error):
+            raise
+        raise EditError(
+            f"transformers cannot generate with {given!r:.200}: {error!s:.200}. Give options as "
+            f"its GenerationConfig describes them."
+        ) from error
 
 
 def _check_length(lm: LanguageModel, tokens: int, more: int) -> None:
@@ -131,8 +148,14 @@ def compare_prompts(
         watch: Called with the rows so far, as their texts grow token by token.
 
     Raises:
+        EditError: A prompt or an answer cannot be read, or `max_new_tokens` is not 1 or more.
         Cancelled: See `cancellable`.
     """
+    check_count(max_new_tokens, "max_new_tokens")
+    for probe in probes:
+        check_text(probe.prompt, "prompt")
+        if probe.target is not None:
+            check_text(probe.target, "target")
     rows: list[PromptComparison] = []
     for start in range(0, len(probes), _CHUNK):
         checkpoint()

@@ -15,6 +15,7 @@ from workbench.memory import size
 from workbench.models import LanguageModel
 from workbench.overlay import EditStack
 from workbench.results import EditTrace, trace_of
+from workbench.shortage import memory_errors
 from workbench.updates import Update
 
 
@@ -39,6 +40,7 @@ class Edit:
     origin: Proposal | EditTrace | None = None
 
     @cached_property
+    @memory_errors()
     def trace(self) -> EditTrace | None:
         """The factors' norms and cosines, worked out when first looked at; None for an adapter."""
         if isinstance(self.origin, Proposal):

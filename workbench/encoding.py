@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
+from workbench.checks import check_text
 from workbench.errors import EditError
 from workbench.models import LanguageModel
 
@@ -148,21 +149,6 @@ def _at_once(lm: LanguageModel, prompt: str, target: str) -> bool:
 def reads_at_most(lm: LanguageModel) -> int | None:
     """How many tokens the model has positions for; None: any number."""
     return getattr(lm.model.config, "max_position_embeddings", None)
-
-
-def check_text(text: object, name: str) -> None:
-    """Refuse what no tokenizer can read.
-
-    Raises:
-        EditError: It is no text, or holds half of a surrogate pair.
-    """
-    if not isinstance(text, str):
-        raise EditError(f"The {name} must be a text; got {text!r}.")
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise EditError(
-            f"The {name} {text!r} holds half of a surrogate pair, which is no character: it was "
-            f"cut, or read in another encoding than its own. Give text in UTF-8."
-        )
 
 
 def first_token(lm: LanguageModel, prompt: str, target: str) -> Tokens:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from workbench.errors import EditorError, FileError, WorkbenchError
+from workbench.shortage import is_shortage
 
 # What reading settings out of JSON raises where that holds others than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -49,10 +50,11 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the last: of names that no file can have
+        reason = getattr(error, "strerror", None) or error
         raise FileError(
-            f"{path} cannot be written: {error.strerror or error}. What stood there before is as "
-            f"it was. Make room, or give a folder that can be written."
+            f"{path} cannot be written: {reason}. What stood there before is as it was. Make room, "
+            f"or give a folder that can be written."
         ) from None
 
 
@@ -96,6 +98,8 @@ def _opened(path: Path, error: Callable[[str], WorkbenchError]) -> Iterator[safe
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, RuntimeError) as problem:
+        if is_shortage(problem):
+            raise
         raise error(f"{path} is damaged or no safetensors file: {problem}.") from None
 
 

@@ -121,7 +121,7 @@ class History:
             if edit.id == id:
                 return edit
         known = ", ".join(str(edit.id) for edit in self.edits) or "none"
-        raise EditError(f"There is no edit {id!r}. Edits at hand: {known}.")
+        raise EditError(f"There is no edit {id!r:.80}. Edits at hand: {known}.")
 
     @property
     def update(self) -> Update:

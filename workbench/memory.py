@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    source: str | os.PathLike[str] | None = None,
+    source: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,

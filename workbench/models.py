@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench import parallel
+from workbench.checks import path_of
 from workbench.errors import ModelError
 from workbench.gguf import DEFAULT_MODEL as DEFAULT_MODEL
 from workbench.gguf import cache_folder as cache_folder
@@ -172,7 +172,7 @@ class LanguageModel:
 
 
 def open_model(
-    source: str | os.PathLike[str] | None = None,
+    source: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
@@ -240,7 +240,7 @@ def open_model(
     return LanguageModel.wrap(model, tokenizer, name, chat=chat)
 
 
-def locate(source: str | os.PathLike[str] | None) -> tuple[str, Path]:
+def locate(source: str | Path | None) -> tuple[str, Path]:
     """What a model is called, and where its file or folder is, or would be: a hub id has none.
 
     Args:
@@ -249,9 +249,9 @@ def locate(source: str | os.PathLike[str] | None) -> tuple[str, Path]:
     Raises:
         ModelError: a `.gguf` file is named that is not there, or the default is not installed.
     """
-    name = DEFAULT_MODEL if source is None else os.fspath(source)
+    name = DEFAULT_MODEL if source is None else str(source)
     found = default_gguf() if name == DEFAULT_MODEL else small_model(name)
-    location = Path(found or name).expanduser()
+    location = path_of(found or name, ModelError)
     if location.suffix == ".gguf" and not location.is_file():
         raise ModelError(f"There is no file {location}: give the path of a .gguf file.")
     return name, location
@@ -314,7 +314,7 @@ def device_named(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ModelError(
             f'device={str(device)!r} cannot be used: {error}. Give "auto", "cpu" or a device that '
             "this PyTorch sees."

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from workbench.checks import check_number
 from workbench.errors import EditError
 from workbench.layers import linear_shape
 from workbench.scope import Reading
@@ -248,10 +249,9 @@ class EditStack:
 
     def strength(self, id: int, value: float) -> None:
         """Set how strongly an edit acts: 1 as made, 0 not at all, negative reverses it."""
-        if not -10 <= value <= 10:
-            raise EditError(f"Strength must lie between -10 and 10 (1 = as made); got {value}.")
+        value = check_number(value, "Strength", -10, 10, " (1: as made)")
         entry = self._entry(id)
-        self._replace(entry, replace(entry, strength=float(value)))
+        self._replace(entry, replace(entry, strength=value))
 
     def clear(self) -> None:
         """Drop every edit (undo brings them back)."""
@@ -296,7 +296,7 @@ class EditStack:
             if entry.id == id:
                 return entry
         known = ", ".join(str(entry.id) for entry in self.entries) or "none"
-        raise EditError(f"There is no edit {id!r}. Edits at hand: {known}.")
+        raise EditError(f"There is no edit {id!r:.80}. Edits at hand: {known}.")
 
     def _replace(self, old: StackEntry, new: StackEntry) -> None:
         self._advance(tuple(new if entry is old else entry for entry in self.entries))

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TypeVar
 
+from workbench.checks import check_text
 from workbench.corpus import EXAMPLES, SENTENCES, Relation, relations
 from workbench.data import EditExample, Statement
-from workbench.encoding import check_text
 from workbench.subjects import topic_of
 
 T = TypeVar("T")
@@ -139,8 +139,13 @@ def as_lines(probes: Sequence[Probe], kind: str) -> str:
 
 
 def read_lines(text: str, kind: str, target: str | None = None) -> tuple[Probe, ...]:
-    """Text as probes; `target` is for the lines that name no answer."""
-    parts = (line.partition(" => ") for line in text.splitlines())
+    """Text as probes; `target` is for the lines that name no answer.
+
+    Raises:
+        EditError: It is no text, or holds half of a surrogate pair.
+    """
+    lines = check_text(text, "list of prompts").splitlines()
+    parts = (line.partition(" => ") for line in lines)
     return tuple(
         Probe(prompt.strip(), kind, answer.strip() or target)
         for prompt, _, answer in parts

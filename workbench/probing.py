@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from workbench.cancel import checkpoint
+from workbench.checks import check_count
 from workbench.compare import score_both, write_both
 from workbench.editors import EditRequest
 from workbench.encoding import label_names, reads_at_most, tokenize
@@ -40,8 +41,10 @@ def probe_requests(
         watch: Called with how many probes are done, and of how many.
 
     Raises:
+        EditError: `max_new_tokens` is not 1 or more, or a prompt so continued is too long.
         Cancelled: See `cancellable`.
     """
+    check_count(max_new_tokens, "max_new_tokens")
     encoder = sentence_encoder(lm)
     around = []
     for request in requests:

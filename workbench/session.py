@@ -13,6 +13,7 @@ import torch
 
 from workbench.adapters import export_peft, import_peft
 from workbench.aggregate import Aggregation, propose_together
+from workbench.checks import check_list, check_text
 from workbench.compare import compare_prompts, generate_texts
 from workbench.edit import Edit
 from workbench.editors import Editor, EditRequest, Proposal, open_editor, with_chat
@@ -28,6 +29,8 @@ from workbench.results import Comparison, EditTrace, Overlap, overlap_of
 from workbench.sessionfile import SavedEdit, read_session, write_session
 from workbench.shortage import memory_errors
 from workbench.updates import Update
+
+_PAIRS = "pairs of prompt and target, e.g. [('The capital of France is', 'Lyon')]"
 
 
 class Workbench(History):
@@ -143,13 +146,7 @@ class Workbench(History):
             EditError: A request cannot be carried out; nothing has changed.
             OutOfMemory: It takes more memory than there is; nothing has changed.
         """
-        try:
-            asked = tuple(r if isinstance(r, EditRequest) else EditRequest(*r) for r in requests)
-        except TypeError:
-            raise EditError(
-                f"Give pairs of prompt and target, e.g. [('The capital of France is', 'Lyon')]; "
-                f"got {requests!r}."
-            ) from None
+        asked = tuple(map(_request, check_list(requests, _PAIRS)))
         start = time.perf_counter()
         proposal = propose_together(self.editor, asked, aggregation, damping)
         seconds = time.perf_counter() - start
@@ -160,8 +157,14 @@ class Workbench(History):
             )
         return self._push(asked, proposal.update, seconds, proposal)
 
+    @memory_errors()
     def add_peft(self, folder: str | Path) -> Edit:
-        """Take a PEFT LoRA adapter folder in as an edit."""
+        """Take a PEFT LoRA adapter folder in as an edit.
+
+        Raises:
+            EditError: No adapter that can be read there, or it does not fit the model.
+            OutOfMemory: It takes more memory than there is; nothing has changed.
+        """
         start = time.perf_counter()
         update = import_peft(folder, self.lm)
         return self._push((), update, time.perf_counter() - start, None)
@@ -192,11 +195,12 @@ class Workbench(History):
         Raises:
             EditError: The edit is unknown, or an imported adapter, which has no factors.
         """
-        found = self.get(edit) if isinstance(edit, int) else edit
+        found = edit if isinstance(edit, Edit) else self.get(edit)
         if found.trace is None:
             raise EditError(f"Edit {found.id} was imported as an adapter: it has no factors.")
         return found.trace
 
+    @memory_errors()
     def overlap(self) -> Overlap:
         """How far the live edits write in each other's direction, whether on or off."""
         return overlap_of({f"{edit.id} · {edit.title}": edit.update for edit in self.edits})
@@ -220,8 +224,12 @@ class Workbench(History):
 
         Returns:
             The continuations, without the prompts: `num_return_sequences` of each.
+
+        Raises:
+            EditError: A prompt or an option cannot be taken, or the model generates no text.
+            OutOfMemory: It takes more memory than there is.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else check_list(prompts, "texts to continue")
         with overlay(self.lm.model, self.update if edited else None):
             return generate_texts(self.lm, texts, max_new_tokens, **options)
 
@@ -241,12 +249,17 @@ class Workbench(History):
             target: Whose probability to give for plain texts; None: the last edit's target.
             max_new_tokens: Length of the continuations.
             watch: Called with the rows so far, as their texts grow token by token.
+
+        Raises:
+            EditError: A prompt cannot be read, or is too long with its continuation.
+            OutOfMemory: It takes more memory than there is.
         """
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        wanted = "texts or probes to compare"
+        listed = [prompts] if isinstance(prompts, str) else check_list(prompts, wanted)
         if target is None:
             requests = [r for edit in self.edits for r in edit.requests]
             target = requests[-1].target if requests else None
-        probes = [Probe(p, "other", target) if isinstance(p, str) else p for p in listed]
+        probes = [p if isinstance(p, Probe) else Probe(p, "other", target) for p in listed]
         return compare_prompts(self.lm, self.update, probes, max_new_tokens, watch)
 
     def tokens(self, prompt: str, target: str) -> TokenTable:
@@ -258,7 +271,11 @@ class Workbench(History):
         return token_table(self.lm, [(prompt, target)])
 
     def suggest(self, prompt: str, target: str) -> tuple[Probe, ...]:
-        """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones."""
+        """Prompts to look at for an edit: itself, equivalents, neighbours, unrelated ones.
+
+        Raises:
+            EditError: Prompt or target is no text.
+        """
         return suggest(prompt, target)
 
     @memory_errors()
@@ -281,8 +298,9 @@ class Workbench(History):
         Raises:
             EditError: An edit is unknown, or an imported adapter, which names no prompt.
         """
-        asked = [edits] if isinstance(edits, Edit | int) else edits
-        found = [self.get(edit) if isinstance(edit, int) else edit for edit in asked]
+        wanted = "edits or their ids"
+        asked = [edits] if isinstance(edits, Edit | int) else check_list(edits, wanted)
+        found = [edit if isinstance(edit, Edit) else self.get(edit) for edit in asked]
         for edit in found:
             if not edit.requests:
                 raise EditError(f"Edit {edit.id} was imported as an adapter: it names no prompt.")
@@ -292,7 +310,11 @@ class Workbench(History):
     # Files
 
     def save(self, folder: str | Path) -> Path:
-        """Write the session into a folder: its live edits and their updates."""
+        """Write the session into a folder: its live edits and their updates.
+
+        Raises:
+            FileError: The folder cannot be written, or the disk is full.
+        """
         edits = [
             SavedEdit(
                 edit.requests, edit.update, edit.trace, edit.seconds, entry.enabled, entry.strength
@@ -302,6 +324,7 @@ class Workbench(History):
         return write_session(folder, self.lm, self.editor, edits)
 
     @classmethod
+    @memory_errors()
     def load(
         cls, folder: str | Path, *, workbench: Workbench | None = None, **options: Any
     ) -> Workbench:
@@ -316,6 +339,7 @@ class Workbench(History):
         Raises:
             EditError: No readable session there, or it was made over another model.
             ModelError: It is a chat's, and the model has no chat template.
+            OutOfMemory: It takes more memory than there is.
         """
         saved = read_session(folder)
         chat = saved.chat
@@ -332,9 +356,28 @@ class Workbench(History):
                 bench.strength(edit.id, item.strength)
         return bench
 
+    @memory_errors()
     def to_peft(self, folder: str | Path) -> Path:
-        """Write all live edits together as one PEFT LoRA adapter folder."""
+        """Write all live edits together as one PEFT LoRA adapter folder.
+
+        Raises:
+            EditError: There is none, or one that no adapter can carry.
+            FileError: The folder cannot be written, or the disk is full.
+        """
         if not self.update:
             raise EditError("There is no live edit to export: make one, or switch one on.")
         titles = "; ".join(entry.title for entry in self.history if entry.enabled)
         return export_peft(self.update, self.lm, folder, note=titles)
+
+
+def _request(given: object) -> EditRequest:
+    """One request, from itself or from its parts."""
+    if isinstance(given, tuple | list) and len(given) in (2, 3):
+        given = EditRequest(*given)
+    if not isinstance(given, EditRequest):
+        raise EditError(f"Give {_PAIRS}; among them is {given!r:.80}.")
+    check_text(given.prompt, "prompt")
+    check_text(given.target, "target")
+    if given.subject is not None:
+        check_text(given.subject, "subject")
+    return given

@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench.checks import check_text, path_of
 from workbench.editors import Editor, EditRequest, FineTune, editor_source, open_editor
-from workbench.encoding import check_text
-from workbench.errors import EditError, EditorError
+from workbench.errors import EditError, EditorError, FileError
 from workbench.files import MALFORMED, read_tensors, write_tensors, write_text
 from workbench.layers import DENSE
 from workbench.models import LanguageModel
 from workbench.overlay import overlay
 from workbench.results import EditTrace, LayerTrace, as_json
 from workbench.scope import Scope
+from workbench.shortage import is_shortage
 from workbench.updates import LayerUpdate, Update
 
 _FILE = "session.safetensors"
@@ -95,8 +96,11 @@ def write_session(
         lm: The model the edits were made for.
         editor: What made them.
         edits: Oldest first.
+
+    Raises:
+        FileError: The folder cannot be written, or the disk is full.
     """
-    folder = Path(folder)
+    folder = path_of(folder, FileError)
     tensors: dict[str, Tensor] = {}
     listed = []
     for place, edit in enumerate(edits):
@@ -140,7 +144,7 @@ def read_session(folder: str | Path) -> SavedSession:
     Raises:
         EditError: The folder holds no session that this version can read.
     """
-    path = Path(folder) / _FILE
+    path = path_of(folder, EditError) / _FILE
     tensors, metadata = read_tensors(path, EditError)
     try:
         about = json.loads(metadata["about"])
@@ -151,6 +155,8 @@ def read_session(folder: str | Path) -> SavedSession:
         chat, settings = _of(bool, about.get("chat", False)), _of(dict, about["settings"])
         return SavedSession(model, fingerprint, chat, editor, settings, edits)
     except MALFORMED as error:
+        if is_shortage(error):
+            raise
         raise EditError(
             f"{path} holds no session that this version can read ({error!r})."
         ) from None

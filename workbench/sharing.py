@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from workbench.checks import path_of
 from workbench.errors import EditorError
 
 # All that is sent of an editor: no code, and nothing that is unpickled. The first is all of it.
@@ -59,7 +60,7 @@ def locate_editor(
         folder = _fetched(str(source), admit)
         known = f"{str(source).partition('@')[0]}@{folder.name}"
     else:
-        folder = Path(source).expanduser().resolve()
+        folder = path_of(source, EditorError).resolve()
         known = str(folder)
     if admit is not None and (file := folder / TENSORS).is_file():
         admit(file.stat().st_size)

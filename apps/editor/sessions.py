@@ -25,6 +25,7 @@ from apps.editor.runs import Runs
 from apps.editor.shelf import OpenModel, Shelf
 from workbench import Comparison, Edit, EditError, EditorError, Probe, Workbench, WorkbenchError
 from workbench.cancel import cancellable, checkpoint
+from workbench.checks import check_text
 from workbench.editors import with_chat
 from workbench.errors import Cancelled
 from workbench.tables import comparison_table
@@ -114,9 +115,13 @@ class Session:
             prompt: What the model reads.
             target: What it should say next.
             editor: Name of one of the model's editors; None: the one used last.
+
+        Raises:
+            EditError: The request cannot be carried out, or there is no such editor.
         """
         if editor is not None:
             self.choose(editor)
+        prompt, target = check_text(prompt, "prompt"), check_text(target, "target")
         made = self.bench.edit(prompt.strip(), target.strip())
         self.shown = made.id
         return made

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workbench.checks import path_of
 from workbench.editors.base import (
     Editor,
     TrainableEditor,
@@ -114,11 +115,12 @@ def open_editor(
     embedded = lm.source == DEFAULT_MODEL
     if source is None:
         source = Mend.name if embedded else FineTune.name
+    folder = path_of(source, EditorError)
     if source in TRAINING_FREE:
         return editor_class(str(source)).from_settings(lm, settings or {})
     if embedded and source in SHIPPED:
         return TrainableEditor.from_pretrained(shipped_editor(str(source)), lm)
-    if Path(source).is_dir() or is_id(source):
+    if folder.is_dir() or is_id(source):
         return TrainableEditor.from_pretrained(source, lm)
     known = sorted({*editor_names(), *SHIPPED})
     if source in known:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from workbench.cancel import checkpoint
 from workbench.cards import model_card
+from workbench.checks import path_of
 from workbench.editors.proposals import CapturedEdits, EditRequest, Proposal
-from workbench.errors import EditError, EditorError
+from workbench.errors import EditError, EditorError, FileError
 from workbench.files import MALFORMED, read_metadata, read_tensors, write_tensors, write_text
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
@@ -191,8 +192,11 @@ class TrainableEditor(nn.Module, ABC):
             folder: Made if it is not there.
             half: Store its matrices in float16, at half the size; they compute in float32 as
                 before.
+
+        Raises:
+            FileError: The folder cannot be written, or the disk is full.
         """
-        folder = Path(folder)
+        folder = path_of(folder, FileError)
         about = {
             "editor": self.name,
             "settings": self.settings(),
