@@ -333,8 +333,8 @@ class Workbench(History):
         return bench
 
     def to_peft(self, folder: str | Path) -> Path:
-        """Write all live edits together as one PEFT LoRA adapter folder."""
+        """Write the edits that are on, each at its strength, as one PEFT LoRA adapter folder."""
         if not self.update:
             raise EditError("There is no live edit to export: make one, or switch one on.")
-        titles = "; ".join(entry.title for entry in self.history if entry.enabled)
-        return export_peft(self.update, self.lm, folder, note=titles)
+        titles = [entry.title for entry in self.history if entry.enabled]
+        return export_peft(self.update, self.lm, folder, titles)
