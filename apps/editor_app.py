@@ -351,9 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except WorkbenchError as error:
         parser.exit(1, f"{error}\n")
-    if options.host not in ("127.0.0.1", "localhost", "::1") and not options.locked:
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
         print(
-            "Whoever reaches this server can open models and folders on it, and train. "
+            "Whoever reaches this server can edit with what is open, and no more."
+            if options.locked
+            else "Whoever reaches this server can open models and folders on it, and train. "
             "--locked leaves them the edits alone."
         )
     app = build(bench, locked=options.locked, device_map=options.device_map)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import html
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import griffe
 from bs4 import BeautifulSoup
@@ -18,12 +20,31 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+
+class Message(NamedTuple):
+    """A text that an error comes with, with … for what is put in, and its page."""
+
+    error: str
+    text: str
+    places: list[str]
+    page: str
+
+
 Item = griffe.Object | griffe.Alias
 ROOT = Path(__file__).resolve().parents[1]
 TAKEN = (
     *("notebooks/*.ipynb", "assets/results/*.md", "assets/screenshots/*.png"),
     *("CHANGELOG.md", "CONTRIBUTING.md"),
 )
+SOURCES = sorted(path for name in ("workbench", "apps") for path in (ROOT / name).rglob("*.py"))
+# What users see as another error than the code says: of records that readers refuse a DataError
+# tells, and which class a file's error has is up to who reads it.
+SHOWN_AS = {
+    "FieldError": "DataError",
+    "NotAnEdit": "DataError",
+    "UnreadableRecord": "DataError",
+    "error": "WorkbenchError",
+}
 FORMULA = re.compile(r"(\$\$.+?\$\$|\$[^$]+?\$)", re.DOTALL)
 
 
@@ -49,6 +70,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    for message in messages():
+        files.append(File.generated(config, message.page, content=page_of(message)))
     return files
 
 
@@ -85,18 +108,17 @@ def with_mathml(text: str) -> str:
 
 def errors() -> Iterator[str]:
     """Each error: what it means and what to do, what raises it when, the messages it comes with."""
-    package = griffe.load("workbench", search_paths=[ROOT])
-    raised, said = raises(package), messages()
+    package = library()
+    raised = raises(package)
     for name, error in package["errors"].classes.items():
         yield f"::: {error.path}\n"
         if raised[name]:
             yield "| raised by | when |\n|---|---|"
             yield from (f"| {where} | {when} |" for where, when in raised[name])
             yield ""
-        if said[name]:
-            yield '??? note "Its messages: … stands for what was given"\n'
-            yield from (f"    - {message}" for message in sorted(said[name]))
-            yield ""
+        yield '??? note "Its messages: … stands for what was given"\n'
+        yield from (f"    - [{m.text}]({m.page})" for m in messages() if m.error == name)
+        yield ""
 
 
 def raises(package: Item) -> dict[str, list[tuple[str, str]]]:
@@ -122,26 +144,80 @@ def public(item: Item) -> Iterator[Item]:
                 yield from public(member)
 
 
-def messages() -> dict[str, set[str]]:
-    """Error -> the texts it is raised with in the library."""
-    found = defaultdict(set)
-    for path in sorted((ROOT / "workbench").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                text = written(node.exc.args[0])
-                if text and text.strip(" …"):
-                    found[ast.unparse(node.exc.func)].add(text)
-    return found
+@cache
+def library() -> Item:
+    """The package, read without being run."""
+    return griffe.load("workbench", search_paths=[ROOT])
 
 
-def written(node: ast.expr) -> str | None:
-    """A literal text with … where something is put in; None for what is made elsewhere."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return escaped(node.value)
+@cache
+def messages() -> tuple[Message, ...]:
+    """All messages in words, sorted."""
+    places = defaultdict(list)
+    for where, error, text in made():
+        if re.search(r"\w", text):
+            places[error, text].append(where)
+    found, alike = [], Counter()
+    for (error, text), where in sorted(places.items()):
+        words = re.sub(r"\W+", "-", f"{error} {text}".lower()).strip("-")[:80]
+        alike[words] += 1
+        name = f"{words}-{alike[words]}" if alike[words] > 1 else words
+        found.append(Message(error, text, where, f"errors/{name}.md"))
+    return tuple(found)
+
+
+def page_of(message: Message) -> str:
+    """What is known of one message: its error, what to do, where it comes from."""
+    described = library()["errors"][message.error].docstring.value
+    means, _, todo = described.partition("What to do: ")
+    link = f"[`{message.error}`][workbench.errors.{message.error}]"
+    places = ", ".join(f"`{where}`" for where in message.places)
+    return (
+        f"# {message.text}\n\nA message of {link}; … stands for what was given.\n\n{means.strip()}"
+        f"\n\nWhat to do: {todo.strip()}\n\nIt comes from {places}.\n\n[All errors](../errors.md)\n"
+    )
+
+
+def made() -> Iterator[tuple[str, str, str]]:
+    """Each place where the library or the app makes an error: where, which one, a text of it."""
+    classes = library()["errors"].classes
+    shown = {name: name for name in classes} | SHOWN_AS
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        known = known_in(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args:
+                name = ast.unparse(node.func)
+                if name in shown:
+                    where = f"{path.relative_to(ROOT).as_posix()}:{node.lineno}"
+                    for text in written(node.args[-1], known):
+                        yield where, shown[name], escaped(text)
+
+
+def known_in(tree: ast.Module) -> dict[str, list[ast.expr]]:
+    """What a module's names stand for: constants, and what functions may return."""
+    known = defaultdict(list)
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            known[ast.unparse(node.targets[0])] = [node.value]
+        elif isinstance(node, ast.FunctionDef):
+            returned = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
+            known[node.name] = [value for value in returned if value]
+    return known
+
+
+def written(node: ast.expr, known: Mapping[str, list[ast.expr]]) -> list[str]:
+    """The texts that an expression may give, with … where something is put in."""
+    if isinstance(node, ast.Constant):
+        return [str(node.value)]
     if isinstance(node, ast.JoinedStr):
-        parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-        return escaped("".join(map(str, parts)))
-    return None
+        return ["".join(parts) for parts in product(*(written(v, known) for v in node.values))]
+    if isinstance(node, ast.FormattedValue):
+        node = node.value
+    name = ast.unparse(node.func if isinstance(node, ast.Call) else node).removesuffix(".format")
+    others = {**known, name: []}  # a function may call itself
+    texts = [text for value in known.get(name, ()) for text in written(value, others)]
+    return [re.sub(r"\{\w*\}", "…", text) for text in texts] or ["…"]
 
 
 def escaped(text: str) -> str:

@@ -135,10 +135,15 @@ TEMPLATES = {
 }
 
 
-def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
-    """One token per printable ASCII character: real, and of VOCAB tokens with the special ones."""
+def tiny_tokenizer(said: str = "") -> hf.PreTrainedTokenizerFast:
+    """One token per printable ASCII character: real, and of VOCAB tokens with the special ones.
+
+    Args:
+        said: A text that all tokens but small letters and blanks are decoded to, with their sign.
+    """
     special = ["<pad>", "</s>", "<s>", "<unk>"]
-    tokens = special + [chr(code) for code in range(32, 127)]
+    signs = [chr(code) for code in range(32, 127)]
+    tokens = special + [sign if sign.islower() or sign == " " else said + sign for sign in signs]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

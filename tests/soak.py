@@ -46,7 +46,7 @@ PATIENCE = 120  # seconds that a busy machine may take
 MIB = 2**20
 # What Gradio remembers of each session until `state_session_capacity` of them have come.
 REMEMBERED = MIB
-SLACK = 32 * MIB  # of allocators
+SLACK = 16 * MIB  # of allocators
 ACTIONS = 4  # of `User.live`; so many users do all of them at least
 NAMES = "Ada", "Ben", "Cora", "Dirk", "Elsa", "Finn", "Gwen", "Hugo"
 SEEN = "edited_text", "edited_probability", "divergence"
@@ -109,6 +109,8 @@ class Report:
         said += [f"leak: {leak}" for leak in self.leaks]
         if self.held:
             said.append(f"{self.held} sessions are still held after their users have left")
+        if self.seconds and not self.cancelled:
+            said.append("no comparison was called off: the users stayed too short for one")
         if self.after - self.start > self.sessions * REMEMBERED + SLACK:
             said.append(f"{(self.after - self.start) / MIB:.0f} MiB did not come back")
         return said
@@ -245,14 +247,14 @@ def same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
 
 
 @contextmanager
-def served(bench: Workbench, *, locked: bool = True) -> Iterator[gr.Blocks]:
-    """The app over a workbench, at a port that nothing listens on."""
+def served(bench: Workbench, *, locked: bool = True, **options: Any) -> Iterator[gr.Blocks]:
+    """The app over a workbench, at a port that nothing listens on; options are for `launch`."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     with mock.patch.dict(os.environ, SOON):
         app = build(bench, locked=locked)
-        launch(app, server_port=port, prevent_thread_lock=True, quiet=True)
+        launch(app, server_port=port, prevent_thread_lock=True, quiet=True, **options)
         try:
             yield app
         finally:

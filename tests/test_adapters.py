@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import yaml
+from bs4 import BeautifulSoup
 from families import batch_for, language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from references import assert_near
+from runs import KINDS, editor_for, requests_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from workbench import Workbench
 from workbench.adapters import export_peft, import_peft
 from workbench.errors import EditError, FileError
 from workbench.models import LanguageModel
@@ -113,6 +119,35 @@ def test_peft_gives_the_logits_of_the_overlay_attached_and_merged(
     assert_near(logits(merged, lm), edited)
 
 
+@pytest.mark.parametrize("family", KINDS)
+def test_edits_are_exported_as_they_act_off_or_at_their_strength(
+    family: str, tmp_path: Path
+) -> None:
+    lm = language_model(family)
+    wb = Workbench(lm, editor_for(family, lm, normalize=False, edit_lr=300.0).eval())
+    one, two = (wb.edit(request.prompt, request.target) for request in requests_for(lm))
+    three = wb.edit("The Sun is", one.requests[0].target)
+
+    def acting() -> Tensor:
+        with wb.applied() as model, torch.no_grad():
+            return model(**batch_for(lm.model)).logits
+
+    whole = acting()
+    wb.strength(two.id, 0.5)
+    halved = acting()
+    wb.toggle(one.id)
+    edited = acting()
+    for other in (logits(lm.model, lm), whole, halved, logits(lm.model, lm, three.update)):
+        assert (edited - other).abs().max() > 1e-3
+    lm.model.save_pretrained(tmp_path / "model")
+    model = type(lm.model).from_pretrained(tmp_path / "model").eval()
+    loaded = PeftModel.from_pretrained(model, str(wb.to_peft(tmp_path / "adapter")))
+    with torch.no_grad():
+        assert_near(loaded(**batch_for(lm.model)).logits, edited)
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert [edit.title in card for edit in (one, two, three)] == [False, True, True]
+
+
 def test_peft_reads_few_layers_of_one_rank_and_leaves_their_namesakes_alone(
     tmp_path: Path,
 ) -> None:
@@ -147,11 +182,30 @@ def test_config_names_model_task_and_orientation(
 
 def test_card_says_what_the_edit_says(llama: LanguageModel, tmp_path: Path) -> None:
     update = random_update(llama)
-    export_peft(update, llama, tmp_path, note="The capital of France is → Lyon")
+    export_peft(update, llama, tmp_path, ["The capital of France is → Lyon"])
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith('---\nbase_model: "tiny-llama"\nlibrary_name: peft\n')
     assert "The capital of France is → Lyon" in card
     assert all(f"`{name}` | {layer.rank} |" in card for name, layer in update.items())
+
+
+@pytest.mark.parametrize(
+    "text", ["<img src=x onerror=alert(1)>\n---\nlicense: mit\n# Head", "`a` | b", "![](http://x)"]
+)
+def test_what_was_typed_is_no_markup_in_the_card(text: str, tmp_path: Path) -> None:
+    lm = replace(language_model("llama"), source=text)
+    export_peft(random_update(lm), lm, tmp_path, [text, "one more"])
+    _, front, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    shown = " ".join(text.split())
+    expected = {"base_model": shown, "library_name": "peft", "tags": ["lora", "model-editing"]}
+    assert yaml.safe_load(front) == expected
+    html = MarkdownIt("commonmark").enable("table").render(body)
+    page = BeautifulSoup(html, "html.parser")
+    assert {tag.name for tag in page.find_all()} <= {
+        *("h1", "p", "ul", "li", "pre", "code", "table", "thead", "tbody", "tr", "th", "td")
+    }
+    assert [tag.get_text() for tag in page.find_all("h1")] == [f"An edit of {shown}"]
+    assert [tag.get_text() for tag in page.find_all("li")] == [shown, "one more"]
 
 
 # --- there and back

@@ -18,6 +18,7 @@ import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from apps import editor_app
 from apps.editor import figures, markup, page
 from apps.editor.sessions import MOST_PROMPTS, Session
 from apps.editor.shelf import Shelf
@@ -202,11 +203,42 @@ def test_a_file_that_is_no_session_is_refused(session: Session, tmp_path):
     text, empty = tmp_path / "notes.zip", tmp_path / "empty.zip"
     text.write_text("no archive")
     with zipfile.ZipFile(empty, "w") as archive:
-        archive.writestr("../session.json", "{}")
+        archive.writestr("session/notes.txt", "{}")
     for path in (text, empty):
         with pytest.raises(gr.Error, match="is no saved session"):
             list(page.load(session, str(path)))
     assert len(session.bench.history) == 1
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_names_in_an_archive_lead_to_no_file_outside(
+    session: Session, tmp_path: Path, absolute: bool
+):
+    session.edit(*FRANCE)
+    with zipfile.ZipFile(page.save(session)) as archive:
+        saved = archive.read(f"session/{page.SESSION_FILE}")
+    outside = session.folder("loaded").parent / page.SESSION_FILE
+    packed = tmp_path / "session.zip"
+
+    def loaded(inside: bytes, there: bytes) -> None:
+        outside.write_bytes(there)
+        before = files_below(outside.parent)
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr(str(outside) if absolute else f"../{page.SESSION_FILE}", inside)
+        try:
+            list(page.load(session, str(packed)))
+        finally:
+            assert files_below(outside.parent) == before
+
+    with pytest.raises(gr.Error, match="damaged"):
+        loaded(b"no session", there=saved)
+    session.bench.undo()
+    loaded(saved, there=b"no session")
+    assert [entry.title for entry in session.bench.history] == [" → ".join(FRANCE)]
+
+
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_figures_in_sight_are_saved_as_one_page_that_asks_no_one(session: Session):
@@ -305,6 +337,27 @@ def test_the_command_line_says_why_a_model_cannot_be_opened(capsys, tmp_path):
         main(["--model", str(tmp_path / "nothing"), "--device", "cpu"])
     assert stopped.value.code == 1
     assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "can open models and folders on it, and train. --locked leaves"),
+        (["--host", "0.0.0.0", "--locked"], "can edit with what is open, and no more"),
+        ([], ""),
+        (["--locked"], ""),
+    ],
+)
+def test_it_says_what_a_public_host_lets_others_do(
+    arguments: list[str], said: str, tiny_model: str, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    served = []
+    monkeypatch.setattr(editor_app, "launch", lambda app, **options: served.append(options))
+    main(["--model", tiny_model, "--device", "cpu", "--port", "0", *arguments])
+    assert [options["server_name"] for options in served] == ["0.0.0.0" if said else "127.0.0.1"]
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("Whoever reaches this server" in out) is bool(said)
 
 
 def test_a_port_in_use_is_named_and_another_asked_for(capsys):

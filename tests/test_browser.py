@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import gradio as gr
@@ -24,15 +24,14 @@ from apps.editor_app import MODEL, build, launch
 from tests import soak
 from workbench import FineTune, FineTuneConfig, Workbench, compare
 from workbench.corpus import EXAMPLES
-
-if TYPE_CHECKING:
-    from workbench.models import LanguageModel
+from workbench.models import LanguageModel
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 ARTIFACTS = Path(__file__).parent / "artifacts"
 PATIENCE = 120_000  # milliseconds: the most that a busy machine may take
 EXAMPLE = EXAMPLES[0]
+TAG = "<img src=x onerror=owned=1><script>owned=1</script>"
 
 pytestmark = [
     pytest.mark.browser,
@@ -219,6 +218,52 @@ def test_bad_input_is_answered_and_kept(open_page: Callable[..., Page]):
     )
     expect(row(page)).to_contain_text("<img src=x onerror=alert(1)>")
     expect(page.locator("#comparison img, #history img, #figures h3 img")).to_have_count(0)
+
+
+def upload(page: Page, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load").click()
+    chooser.value.set_files(file)
+
+
+def test_files_and_models_that_say_markup_make_no_element(browser: Browser, tmp_path: Path):
+    shape = {"max_position_embeddings": 512, "num_hidden_layers": 1}
+    model = partial(FAMILIES["llama"], **shape)()
+    lm = LanguageModel.wrap(model, tiny_tokenizer(TAG), f"tiny {TAG}")
+    bench = Workbench(lm, FineTune(lm, FineTuneConfig(blocks=[-1], max_steps=5)))
+    for target in ("xy", TAG):
+        bench.edit(f"abba {TAG}", target)
+    bench.save(tmp_path / "session")
+    named = tmp_path / "<img src=x onerror=owned=1>.zip"
+    shutil.make_archive(str(named.with_suffix("")), "zip", tmp_path, "session")
+    broken = tmp_path / "<img src=x onerror=owned=1> broken.zip"
+    broken.write_bytes(b"no archive")
+    bench = bench.fork()
+    with soak.served(bench) as app:
+        page, asked = page_of(browser, app), []
+        page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+        scripts = page.locator("script").count()
+        upload(page, broken)
+        expect(page.get_by_test_id("toast-body")).to_contain_text("is no saved session")
+        upload(page, named)
+        expect(page.locator("#history .title")).to_contain_text([f"abba {TAG} → "] * 2)
+        for column in ("Before", "After"):
+            expect(cell(page, column)).to_contain_text(TAG)
+        expect(page.locator(".facts").first).to_contain_text(f"tiny {TAG}")
+        for tab in ("Update size", "Spectrum", "Overlap", "Probabilities", "Factors"):
+            page.get_by_role("tab", name=tab).click()
+            expect(page.locator("#figures .js-plotly-plot:visible").first).to_be_visible()
+        page.get_by_role("tab", name="Tokens").click()
+        expect(page.locator("#tokens")).to_contain_text("<unk>")
+        page.get_by_role("tab", name="Reach").click()
+        page.locator("#probe-one").click()
+        expect(page.locator("#reach .counts")).to_contain_text("others kept")
+        expect(page.locator("#reach")).to_contain_text(TAG)
+        expect(page.locator("img[src=x]")).to_have_count(0)
+        expect(page.locator("script")).to_have_count(scripts)
+        assert page.evaluate("typeof owned") == "undefined"
+        assert not [path for path in asked if path.endswith("/x")]
+        page.close()
 
 
 def test_an_adapter_is_downloaded(open_page: Callable[..., Page]):

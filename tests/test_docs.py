@@ -10,12 +10,14 @@ import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
 
 import workbench
+from docs import hooks
 from workbench import Workbench, errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +60,15 @@ def test_every_error_says_what_it_means_who_raises_it_and_what_to_do(site: Path)
         str(heading["id"]) for heading in shown.find_all("h2")
     }
     assert len(shown.find_all("table")) >= len(ERRORS) - 1  # but for what only calls off
-    assert "There is no edit …. Edits at hand: …." in shown.get_text()
+    listed = shown.select("details a")
+    links = {str(link["href"]).strip("/"): link.get_text() for link in listed}
+    assert "There is no edit …. Edits at hand: …." in links.values()
+    assert len(links) == len(hooks.messages()) > 200
+    for name, text in links.items():
+        told = page(site, f"errors/{name}").select_one("article")
+        assert told is not None
+        assert told.find("h1").get_text().startswith(text)  # type: ignore[union-attr]
+        assert "What to do: " in told.get_text()
 
 
 @pytest.mark.slow
@@ -82,6 +92,31 @@ def test_pages_load_nothing_from_elsewhere(site: Path):
         loaded = [tag["src"] for tag in shown.find_all(src=True)]
         loaded += [tag["href"] for tag in shown.find_all("link", rel="stylesheet")]
         assert [url for url in loaded if re.match(r"https?:|//", str(url))] == [], path.name
+
+
+def raised() -> Iterator[tuple[str, str]]:
+    """Each place of the sources that raises something made there, and by which name."""
+    for path in hooks.SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                place = f"{path.relative_to(ROOT).as_posix()}:{node.exc.lineno}"
+                yield place, ast.unparse(node.exc.func)
+
+
+# What is no error of the library's: caught where it is raised, or not meant for users.
+OTHERS = {"SystemExit", "TypeError", "ValueError", "_Reached", "gr.Error"}
+# Methods that make an error, and the text that they give it.
+MAKERS = {"self.error": "expected …, found …", "rewrite.error": "expected …, found …"}
+
+
+def test_every_error_that_is_raised_is_in_the_docs():
+    messages = hooks.messages()
+    told = {place for message in messages for place in message.places}
+    left = {place: name for place, name in raised() if place not in told and name not in OTHERS}
+    assert set(left.values()) & set(MAKERS) == set(MAKERS)
+    assert set(MAKERS.values()) <= {message.text for message in messages}
+    passed_on = [place.split(":")[0] for place, name in left.items() if name not in MAKERS]
+    assert passed_on == ["apps/editor/runs.py", "workbench/readers.py"]  # what another one said
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
@@ -243,13 +246,55 @@ def test_pre_commit_runs_the_linters_of_make_over_the_whole_tree():
     (repository,) = yaml.safe_load(read(ROOT / ".pre-commit-config.yaml"))["repos"]
     assert repository["repo"] == "local"  # nothing is fetched: the versions are the lock's
     hooks = repository["hooks"]
-    assert [hook["entry"] for hook in hooks] == recipe("lint") + recipe("types")
+    *lint, audited = recipe("lint")  # which may need a network
+    assert [hook["entry"] for hook in hooks] == lint + recipe("types")
+    assert audited.endswith(" audited")
     run = {(hook["language"], hook["pass_filenames"]) for hook in hooks}
     assert run == {("system", False)}
     # A filter would let some commits through unseen: a stub is no file of type python.
     assert {key for hook in hooks for key in hook} == {
         *("id", "name", "entry", "language", "pass_filenames")
     }
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Of a service that is there."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def audited(folder: Path, address: str, status: int) -> subprocess.CompletedProcess[str]:
+    """`make audited` with an audit that ends with that status."""
+    program = folder / "bin" / "pip-audit"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho it ran\nexit {status}\n")
+    program.chmod(0o700)
+    command = ["make", "audited", f"AUDIT={folder}", f"FLAWS={address}"]
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_audit_is_left_out_where_its_service_is_not_there_and_fails_for_flaws(tmp_path: Path):
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        fine, flawed = (audited(tmp_path / str(status), address, status) for status in (0, 1))
+        server.shutdown()
+        thread.join()
+    assert (fine.returncode, "it ran" in fine.stdout) == (0, True), fine.stderr
+    assert (flawed.returncode != 0, "it ran" in flawed.stdout) == (True, True)
+    gone = audited(tmp_path / "gone", address, 1)
+    assert (gone.returncode, "it ran" in gone.stdout) == (0, False), gone.stderr
+    (said,) = gone.stdout.splitlines()
+    assert re.match(rf"The dependencies were not audited: {address} .*refused", said)
 
 
 def test_one_version_everywhere():

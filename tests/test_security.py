@@ -16,8 +16,10 @@ from apps.editor import page
 from apps.editor.sessions import Session
 from apps.editor.shelf import Shelf
 from apps.editor_app import launch, main
+from tests import soak
 from workbench import Workbench
 
+FILE = {"_type": "gradio.FileData"}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,8 +56,40 @@ def test_the_app_answers_this_machine_alone(
     assert asked == [("127.0.0.1", 7860)]
 
 
+def sent(app: gr.Blocks, name: str, data: bytes) -> httpx.Response:
+    """The answer to an upload."""
+    return httpx.post(
+        f"{app.local_url}gradio_api/upload", files={"files": (name, data)}, timeout=soak.PATIENCE
+    )
+
+
 def test_uploads_are_limited(served: gr.Blocks) -> None:
     assert served.max_file_size == 2**30
+    with soak.served(soak.tiny_bench(), max_file_size="1kb") as app:
+        assert sent(app, "session.zip", bytes(1024)).status_code == 200
+        refused = sent(app, "session.zip", bytes(1025))
+        assert refused.status_code == 413
+        assert "exceeded maximum allowed size" in refused.text
+
+
+def test_uploads_of_other_kinds_are_refused() -> None:
+    tried = set()
+    with soak.served(soak.tiny_bench(), locked=False) as app:
+        url = f"{app.local_url}gradio_api/queue"
+        (path,) = sent(app, "tool.exe", b"MZ").json()
+        for number, handler in app.fns.items():
+            kinds = [kind for part in handler.inputs for kind in getattr(part, "file_types", ())]
+            if not kinds:
+                continue
+            file = {"path": path, "orig_name": f"tool{kinds[0]}", "meta": FILE}
+            data = [file if hasattr(part, "file_types") else None for part in handler.inputs]
+            user = {"session_hash": f"user{number}"}
+            asked = {"data": data, "fn_index": number, **user}
+            httpx.post(f"{url}/join", json=asked, timeout=soak.PATIENCE).raise_for_status()
+            answer = httpx.get(f"{url}/data", params=user, timeout=soak.PATIENCE).text
+            assert f"Please upload a file that is one of these formats: {kinds}" in answer
+            tried.add(handler.name)
+    assert tried == {"load", "start"}
 
 
 def test_files_of_the_machine_are_not_handed_out(served: gr.Blocks, tmp_path: Path) -> None:

@@ -67,6 +67,49 @@ def test_users_who_share_a_session_are_found_out(
     assert any(line.startswith("leak: ") for line in report.broken())
 
 
+def test_sessions_that_are_kept_are_found_out(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, kept, close = threading.Semaphore(0), [], Session.close
+
+    def leak(session: Session) -> None:
+        close(session)
+        kept.append(session)
+        closed.release()
+
+    monkeypatch.setattr(Session, "close", leak)
+    report, facts = soak.Report(2, 0), [soak.Fact.of(bench, number) for number in range(2)]
+    with soak.served(bench) as app:
+        sessions = soak.wave(app, facts, report, 0)
+        assert all(closed.acquire(timeout=soak.PATIENCE) for _ in facts)
+        with monkeypatch.context() as patched:
+            patched.setattr(soak, "PATIENCE", 1)
+            report.held = soak.remaining(sessions)
+        assert report.broken() == ["2 sessions are still held after their users have left"]
+        kept.clear()
+        assert soak.remaining(sessions) == 0
+
+
+def test_memory_that_sessions_leave_behind_is_found_out(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, close = [], Session.close
+
+    def leak(session: Session) -> None:
+        close(session)
+        left.append(b"x" * 8 * soak.MIB)
+
+    monkeypatch.setattr(Session, "close", leak)
+    (line,) = soak.soak(bench, 4, 0).broken()
+    assert line.endswith("MiB did not come back")
+
+
+def test_a_long_run_in_which_nothing_is_called_off_is_found_out() -> None:
+    assert soak.Report(4, 0).broken() == []
+    assert soak.Report(4, 20, cancelled=1).broken() == []
+    assert "no comparison was called off" in soak.Report(4, 20).broken()[0]
+
+
 @pytest.mark.parametrize("endpoint", ["history", "cancel"])
 def test_who_leaves_is_forgotten_whatever_was_asked(
     app: gr.Blocks, born: WeakSet[Session], endpoint: str

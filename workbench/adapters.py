@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.cards import code, line
 from workbench.checks import path_of
 from workbench.errors import EditError, FileError
 from workbench.files import read_tensors, write_tensors, write_text, writing
@@ -61,7 +62,9 @@ _PLAIN = frozenset(
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str = "") -> Path:
+def export_peft(
+    update: Update, lm: LanguageModel, folder: str | Path, titles: Sequence[str] = ()
+) -> Path:
     """Write an update as a PEFT LoRA adapter: `PeftModel.from_pretrained(model, folder)` loads it.
 
     Scales are folded into the factors, so that `lora_alpha / r` is 1 in every layer; layers of
@@ -73,7 +76,7 @@ def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str
         update: An unbatched change of the model's editable layers.
         lm: The model it was made for.
         folder: Made if it is not there; an adapter in it is replaced.
-        note: What the edit says, for the model card (`README.md`), as Markdown.
+        titles: What the edits say, for the model card (`README.md`): shown there as texts.
 
     Returns:
         The folder.
@@ -130,7 +133,7 @@ def export_peft(update: Update, lm: LanguageModel, folder: str | Path, note: str
         made = Path(mkdtemp(prefix=".partial-", dir=folder))
     try:
         write_tensors(made / WEIGHTS, tensors, {"format": "pt"})
-        write_text(made / "README.md", _card(update, ranks, lm, note))
+        write_text(made / "README.md", _card(update, ranks, lm, titles))
         write_text(made / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         # Without its config a folder is no adapter: none pairs these weights with an older config.
         with writing(folder / CONFIG):
@@ -288,17 +291,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _card(update: Update, ranks: Mapping[str, int], lm: LanguageModel, note: str) -> str:
-    rows = "\n".join(f"| `{n}` | {rank} | {update[n].norm():.4g} |" for n, rank in ranks.items())
+def _card(
+    update: Update, ranks: Mapping[str, int], lm: LanguageModel, titles: Sequence[str]
+) -> str:
+    said = "\n".join(f"- {code(title)}" for title in titles)
+    rows = "\n".join(f"| {code(n)} | {r} | {update[n].norm():.4g} |" for n, r in ranks.items())
     return f"""---
-base_model: {json.dumps(lm.source, ensure_ascii=False)}
+base_model: {json.dumps(line(lm.source), ensure_ascii=False)}
 library_name: peft
 tags: [lora, model-editing]
 ---
 
-# An edit of {lm.source}
+# An edit of {code(lm.source)}
 
-{note or "A low-rank change of the layers below."}
+{said or "A low-rank change of the layers below."}
 
 | Layer | Rank | Norm of the change |
 |---|---|---|

@@ -24,7 +24,7 @@ def model_card(about: Mapping[str, Any], name: str) -> str:
     card = about["card"]
     parts = (
         f"---\n{_front_matter(about, name)}\n---",
-        f"# A {_code(about['editor'])} editor for {_code(about['base_model'])}",
+        f"# A {code(about['editor'])} editor for {code(about['base_model'])}",
         "It turns one example of what the model should say into a change of the layers below, "
         "which can be taken back exactly. It is no model of its own.",
         _use(about, name),
@@ -34,7 +34,7 @@ def model_card(about: Mapping[str, Any], name: str) -> str:
         "## Limits",
         _limits(about),
         "## Layers",
-        "\n".join(f"- {_code(name)}" for name in about["layers"]),
+        "\n".join(f"- {code(name)}" for name in about["layers"]),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -86,9 +86,9 @@ def _training(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the card says in a word or a number; all else is in `editor.json`."""
     for name, value in card.items():
         if name == "data" and value:
-            yield "data", ", ".join(map(_code, listed(value)))
+            yield "data", ", ".join(map(code, listed(value)))
         elif isinstance(value, str | int | float):
-            yield _code(name), _code(value)
+            yield code(name), code(value)
     if card.get("start"):
         yield "begun from", "another trained editor"
 
@@ -106,10 +106,10 @@ def _measured(evaluation: Mapping[str, Any], repository: str) -> Iterator[str]:
     given = {**settings, "edits": evaluation["figures"].get("n")}
     wanted = ("data", "split", "edits", "at_once", "aggregation", "dtype")
     yield "Measured by `python -m workbench evaluate`: " + ", ".join(
-        f"{name} {_code(given[name])}" for name in wanted if given.get(name) is not None
+        f"{name} {code(given[name])}" for name in wanted if given.get(name) is not None
     )
     rows = (
-        (_code(name), _code(value), _code(half[name]) if name in half else "")
+        (code(name), code(value), code(half[name]) if name in half else "")
         for name, value in figures.items()
     )
     yield _table(("measure", "value", "± (95 %)"), rows)
@@ -120,8 +120,8 @@ def _limits(about: Mapping[str, Any]) -> str:
     prompts = "turns of a chat" if chat else "plain prompts, not on turns of a chat"
     learned = "" if chat is None else f"- It was trained on {prompts}.\n"
     return (
-        f"- It fits {_code(about['base_model'])} with weights of the fingerprint "
-        f"{_code(about['base_fingerprint'])}; over others its edits can fail or spread.\n"
+        f"- It fits {code(about['base_model'])} with weights of the fingerprint "
+        f"{code(about['base_fingerprint'])}; over others its edits can fail or spread.\n"
         f"{learned}"
         "- An edit can reach further than it should, or not as far: `wb.probe(edit)` shows how "
         "far it does."
@@ -168,7 +168,7 @@ def line(value: object) -> str:
     return " ".join(seen.split())[:200].strip() or "?"
 
 
-def _code(value: object) -> str:
+def code(value: object) -> str:
     """Any text as code, which no sign in it can end."""
     text = line(value)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))

@@ -99,10 +99,11 @@ class UnreadableRecord(DataError):
 
     Args:
         record: Where it stands and what is wrong with it.
+        message: That, and what to do.
     """
 
-    def __init__(self, record: BadRecord) -> None:
-        super().__init__(f"{record}; skip_bad=True lists such records and goes on")
+    def __init__(self, record: BadRecord, message: str) -> None:
+        super().__init__(message)
         self.record = record
 
 
@@ -233,7 +234,9 @@ def _records(
         except readers.FieldError as error:
             bad = BadRecord(file=path, line=line, field=error.field, message=str(error))
             if not skip_bad and not isinstance(error, readers.NotAnEdit):
-                raise UnreadableRecord(bad) from None
+                raise UnreadableRecord(
+                    bad, f"{bad}; skip_bad=True lists such records and goes on"
+                ) from None
             skipped.append(bad)
         else:
             yield replace(example, id=example.id or f"{source}#{line}", source=source), pair

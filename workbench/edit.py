@@ -83,8 +83,8 @@ class Edit:
         return f"in texts about {' and '.join(found)}"
 
     def to_peft(self, folder: str | Path) -> Path:
-        """Write the edit as a PEFT LoRA adapter folder."""
-        return export_peft(self.update, self.lm, folder, note=self.title)
+        """Write the edit, at full strength, as a PEFT LoRA adapter folder."""
+        return export_peft(self.update, self.lm, folder, [self.title])
 
 
 def check_room(live: Iterable[Edit], new: Edit, most: float) -> None:

@@ -146,7 +146,11 @@ def find_layers(
     layers = [layer for stack, block in chosen for layer in _block_layers(stack, block)]
     wanted = tuple(layer for layer in layers if _matches(layer, matrices))
     if not wanted:
-        raise ModelError(_nothing_found(model, stacks, chosen, layers, matrices))
+        where = ", ".join(f"{stack.name}:{block}" for stack, block in chosen)
+        raise ModelError(
+            f"{type(model).__name__} has nothing to edit for matrices={matrices!r} in {where}. "
+            f"Looked for linear layers; found {_found(stacks, chosen, layers, matrices)}"
+        )
     return wanted
 
 
@@ -254,16 +258,13 @@ def _weight_from_forward(module: nn.Module, in_features: int, rows: int = 1024) 
         return (torch.cat(columns) - bias).T
 
 
-def _nothing_found(
-    model: nn.Module,
+def _found(
     stacks: tuple[Stack, ...],
     chosen: list[tuple[Stack, int]],
     layers: list[EditableLayer],
     matrices: Matrices,
 ) -> str:
-    """Say what was looked for, what is there, and what to choose instead."""
-    wanted = matrices if isinstance(matrices, str) else list(matrices)
-    where = ", ".join(f"{stack.name}:{block}" for stack, block in chosen)
+    """Say what is there, and what to choose instead."""
     names = dict.fromkeys(f"{layer.name.rsplit('.', 1)[-1]} ({layer.kind})" for layer in layers)
     experts = [
         f"{name} {tuple(parameter.shape)}"
@@ -271,8 +272,7 @@ def _nothing_found(
         for name, parameter in stack.blocks[block].named_parameters()
         if parameter.ndim == 3
     ]
-    found = f"{type(model).__name__} has nothing to edit for matrices={wanted!r} in {where}. "
-    found += f"Looked for linear layers; found {', '.join(names) or 'none'}"
+    found = ", ".join(names) or "none"
     if experts:
         found += f", and expert weights as 3-D parameters ({', '.join(experts)}), not editable"
     elsewhere = [

@@ -358,7 +358,7 @@ class Workbench(History):
 
     @memory_errors()
     def to_peft(self, folder: str | Path) -> Path:
-        """Write all live edits together as one PEFT LoRA adapter folder.
+        """Write the edits that are on, each at its strength, as one PEFT LoRA adapter folder.
 
         Raises:
             EditError: There is none, or one that no adapter can carry.
@@ -366,8 +366,8 @@ class Workbench(History):
         """
         if not self.update:
             raise EditError("There is no live edit to export: make one, or switch one on.")
-        titles = "; ".join(entry.title for entry in self.history if entry.enabled)
-        return export_peft(self.update, self.lm, folder, note=titles)
+        titles = [entry.title for entry in self.history if entry.enabled]
+        return export_peft(self.update, self.lm, folder, titles)
 
 
 def _request(given: object) -> EditRequest:

@@ -209,14 +209,14 @@ def _read(spec: str, skip_bad: bool) -> tuple[Sequence[EditExample], Sequence[Ed
         except DataError:  # too few for a split of their own
             others = ()
     except DataError as error:
-        said = str(error)
+        said = str(error.record if isinstance(error, UnreadableRecord) else error)
+        said = said.replace(path, Path(path).name) if path else said  # without the server's folder
         if isinstance(error, UnreadableRecord):
-            said = (
-                f"{error.record}. To go on without such records, tick 'Leave out records that "
-                f"cannot be read' under More settings."
-            )
-        # Without the server's folder.
-        raise DataError(said.replace(path, Path(path).name) if path else said) from None
+            raise DataError(
+                f"{said}. To go on without such records, tick 'Leave out records that cannot be "
+                "read' under More settings."
+            ) from None
+        raise DataError(said) from None
     # Spread over the whole file, not its beginning.
     return examples, others[:: max(1, len(others) // TRAINING.validation)]
 
