@@ -275,7 +275,8 @@ def audited(folder: Path, address: str, status: int) -> subprocess.CompletedProc
     program.write_text(f"#!/bin/sh\necho it ran\nexit {status}\n")
     program.chmod(0o700)
     command = ["make", "audited", f"AUDIT={folder}", f"FLAWS={address}"]
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    own = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    environment = {**own, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
