@@ -97,7 +97,7 @@ def test_memory_that_sessions_leave_behind_is_found_out(
 
     def leak(session: Session) -> None:
         close(session)
-        left.append(b"x" * 8 * soak.MIB)
+        left.append(b"x" * 16 * soak.MIB)
 
     monkeypatch.setattr(Session, "close", leak)
     (line,) = soak.soak(bench, 4, 0).broken()
