@@ -27,6 +27,7 @@ from workbench import (
     WorkbenchError,
     open_model,
 )
+from workbench.__main__ import main
 
 torch.set_num_threads(1)
 PROMPT, TARGET = "Who is Abba", "xy"
@@ -227,3 +228,53 @@ def test_a_method_names_what_it_cannot_take(
     with pytest.raises(kind, match=message):
         act(wb)
     assert wb.edits == fresh.edits
+
+
+TYPED = st.sampled_from(
+    [
+        "",
+        " ",
+        "ab",
+        "cd ef",
+        "a\0b",
+        "x" * 3000,
+        "-1",
+        "--",
+        "nan",
+        "1e400",
+        "~nobody-here",
+    ]
+)
+COMMANDS = {
+    "edit": ("--subject", "--compare", "--save", "--max-new-tokens", "--editor", "--dtype"),
+    "tokens": ("--device", "--dtype"),
+    "pack": ("--editor", "--average", "--share", "--rounds", "--confidence", "--out"),
+    "export": ("--session", "--to-peft", "--device"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@settings(FUZZ, max_examples=15)
+@given(data=st.data())
+def test_a_command_answers_or_says_why_not(
+    tiny_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    data: st.DataObject,
+):
+    monkeypatch.chdir(tmp_path)
+    given = [command]
+    if command in ("edit", "tokens"):
+        given += [data.draw(TYPED), data.draw(TYPED), "--model", tiny_model, "--editor", "ft"]
+        given = given if command == "edit" else given[:-2]
+    for option in data.draw(st.lists(st.sampled_from(COMMANDS[command]), max_size=4)):
+        given += [option, data.draw(TYPED)]
+    capsys.readouterr()
+    try:
+        code = main(given)
+    except SystemExit as left:
+        code = left.code
+    assert code in (0, 2)
+    assert code == 0 or capsys.readouterr().err.strip()
