@@ -30,7 +30,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # a package stands where its name stands.
 LAYERS = (
     ("errors",),
-    ("cancel", "checks", "shortage", "files", "recompute", "parallel"),
+    ("cancel", "checks", "copies", "shortage", "files", "products", "recompute", "parallel"),
     ("data", "claims", "hub", "readers", "corpus", "sharing", "cards"),
     ("gguf", "shipped", "subjects"),
     ("layers", "models", "memory", "encoding", "masks", "scope"),

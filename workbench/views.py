@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from workbench.copies import shallow
 from workbench.encoding import Batch, Tokens, collate
 from workbench.errors import EditError, ModelError
 from workbench.layers import EditableLayer, Stack
 from workbench.models import LanguageModel
+from workbench.products import quick_products
 from workbench.recompute import Again, run_twice
 
 # Where logits are wanted in this thread's forward pass: rows and columns of the hidden states.
@@ -174,7 +174,8 @@ class Trunk:
 
         With `checkpointing`, blocks run again in the backward pass, in contexts that `again` makes.
         """
-        with _resume(hidden, again):
+        alike = again and partial(_alike, again, batch)
+        with _resume(hidden, alike):
             return _at_targets(self._upper, batch, self._lm.kind)
 
     @torch.no_grad()
@@ -195,7 +196,8 @@ class Trunk:
 
     def _run(self, view: nn.Module, batch: Batch) -> Tensor:
         try:
-            view(**batch.inputs)
+            with quick_products(batch.positions):
+                view(**batch.inputs)
         except _Reached as reached:
             output = reached.output
             self.tuples = isinstance(output, tuple)
@@ -210,6 +212,13 @@ def _resume(hidden: Tensor | None, again: Again | None = None) -> Iterator[None]
         yield
     finally:
         _resumed.reset(reset)
+
+
+@contextmanager
+def _alike(again: Again, batch: Batch) -> Iterator[None]:
+    """Where blocks run again: as `again` says, and with the products that they ran with."""
+    with quick_products(batch.positions), again():
+        yield
 
 
 Rows = list[tuple[Tensor, ...]]
@@ -309,7 +318,7 @@ class LayerInputs:
     def __call__(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """The layer's inputs, `(batch, tokens, in)`; resumed from the trunk's `hidden`."""
         try:
-            with _resume(hidden):
+            with _resume(hidden), quick_products(batch.positions):
                 self._view(**batch.inputs)
         except _Reached as reached:
             inputs: Tensor = reached.output
@@ -333,13 +342,14 @@ _selecting: WeakKeyDictionary[LanguageModel, nn.Module] = WeakKeyDictionary()
 
 
 def _at_targets(model: nn.Module, batch: Batch, kind: str) -> Tensor:
-    if kind == "classifier":
-        return model(**batch.inputs).logits[batch.rows]
-    reset = _positions.set((batch.rows, batch.columns))
-    try:
-        return model(**batch.inputs, use_cache=False).logits.squeeze(0)
-    finally:
-        _positions.reset(reset)
+    with quick_products(batch.positions):
+        if kind == "classifier":
+            return model(**batch.inputs).logits[batch.rows]
+        reset = _positions.set((batch.rows, batch.columns))
+        try:
+            return model(**batch.inputs, use_cache=False).logits.squeeze(0)
+        finally:
+            _positions.reset(reset)
 
 
 def _head(lm: LanguageModel) -> dict[str, nn.Module]:
@@ -354,36 +364,3 @@ def _head(lm: LanguageModel) -> dict[str, nn.Module]:
 def _at(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Pick positions, `(b, t, d)` -> `(n, d)`; a split model's hidden states may lie elsewhere."""
     return hidden[rows.to(hidden.device), columns.to(hidden.device)]
-
-
-def shallow(root: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of `root` with submodules replaced; everything else is shared, nothing is written.
-
-    Only the modules on the way to the replaced ones are copied, so that whatever is later set on
-    those, or put in their place, is the copy's alone.
-    """
-    clones: dict[str, nn.Module] = {"": clone(root)}
-    for path, new in replacements.items():
-        parent = ""
-        for step in path.split(".")[:-1]:
-            child = f"{parent}.{step}".lstrip(".")
-            if child not in clones:
-                clones[child] = clone(clones[parent]._modules[step])
-                clones[parent]._modules[step] = clones[child]
-            parent = child
-        clones[parent]._modules[path.split(".")[-1]] = new
-    return clones[""]
-
-
-def clone(module: Any) -> nn.Module:
-    """A copy of one module that shares its parameters and submodules."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    # Models split over devices keep their forward on the instance, bound to the original.
-    for name, value in vars(module).items():
-        if isinstance(value, MethodType) and value.__self__ is module:
-            vars(twin)[name] = MethodType(value.__func__, twin)
-        elif isinstance(value, partial) and any(arg is module for arg in value.args):
-            args = (twin if arg is module else arg for arg in value.args)
-            vars(twin)[name] = partial(value.func, *args, **value.keywords)
-    return twin

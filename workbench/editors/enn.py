@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from workbench.copies import clone, shallow
 from workbench.editors.base import TrainableEditor, register
 from workbench.editors.proposals import (
     CapturedEdits,
@@ -22,7 +23,6 @@ from workbench.errors import EditorError
 from workbench.layers import DENSE, EditableLayer
 from workbench.models import LanguageModel
 from workbench.updates import LayerUpdate, Update
-from workbench.views import clone, shallow
 
 
 @dataclass(frozen=True, kw_only=True)

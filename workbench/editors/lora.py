@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from workbench.copies import shallow
 from workbench.editors.base import descend, register
 from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
 from workbench.encoding import collate, sequence_nll
@@ -16,7 +17,7 @@ from workbench.errors import EditorError
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 from workbench.updates import LayerUpdate, Update
-from workbench.views import Trunk, shallow
+from workbench.views import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from workbench.cancel import checkpoint
+from workbench.copies import shallow
 from workbench.corpus import SENTENCES, facts
 from workbench.editors.base import descend, register
 from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
@@ -35,7 +36,7 @@ from workbench.files import read_tensors, write_tensors
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel, cache_folder
 from workbench.updates import LayerUpdate, Update
-from workbench.views import LayerInputs, Trunk, shallow
+from workbench.views import LayerInputs, Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
