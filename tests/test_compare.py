@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 
 from workbench import EditError, FineTune, FineTuneConfig, LanguageModel, Workbench
 from workbench.compare import compare_prompts, generate_texts
-from workbench.encoding import collate, kl, tokenize
+from workbench.divergence import kl
+from workbench.encoding import collate, tokenize
 from workbench.probes import Probe
 from workbench.sentences import model_encoder
 from workbench.updates import Update

@@ -62,7 +62,7 @@ def test_a_product_is_differentiated_twice():
 
     expected = second()
     with OneDnnProducts():
-        torch.testing.assert_close(second(), expected)
+        torch.testing.assert_close(second(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_conv1d_is_one_of_them(called: list[torch.Size]):
@@ -121,7 +121,7 @@ def test_a_step_of_training_is_the_same(
 def test_short_texts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(products, "helpful", lambda: True)
     assert not isinstance(quick_products(8), OneDnnProducts)
-    assert isinstance(quick_products(64), OneDnnProducts)
+    assert isinstance(quick_products(16), OneDnnProducts)
 
 
 @pytest.mark.parametrize(

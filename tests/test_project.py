@@ -35,7 +35,7 @@ LAYERS = (
     ("gguf", "shipped", "subjects"),
     ("layers", "models", "memory", "encoding", "masks", "scope"),
     ("updates", "adapters", "stacking"),
-    ("crossing", "metrics", "overlay", "factors", "views"),
+    ("crossing", "divergence", "metrics", "overlay", "factors", "views"),
     ("editors", "sentences", "rewrites"),
     ("training", "probes", "results"),
     ("neighborhood", "report"),

@@ -22,8 +22,9 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
+from workbench.divergence import kl, losses_of
 from workbench.editors.mend import Mend
-from workbench.encoding import Tokens, kl, nll_and_kl, tokenize
+from workbench.encoding import Tokens, tokenize
 from workbench.errors import EditorError
 from workbench.factors import capture
 from workbench.models import LanguageModel
@@ -273,13 +274,19 @@ def test_kl_is_that_of_the_definition(logits: list[list[float]]):
 @pytest.mark.parametrize(("told", "rows"), [(0, 3), (3, 3), (0, 70), (40, 99), (99, 99), (0, 0)])
 def test_losses_and_their_gradient_are_those_of_the_definition(told: int, rows: int):
     draw = torch.Generator().manual_seed(0)
-    base, edited = torch.randn(2, rows, 7, generator=draw) * 3
+    base, edited = torch.randn(2, rows, 5, generator=draw) * 3
+    weight = torch.randn(7, 5, generator=draw)
     targets = torch.randint(7, (told,), generator=draw)
     weights = torch.randn(rows, generator=draw)
     ours, theirs = edited.clone().requires_grad_(), edited.clone().requires_grad_()
-    found = nll_and_kl(ours, targets, base[told:])
-    logs = theirs.log_softmax(-1)
-    before = base[told:].log_softmax(-1)
+
+    def head(finals: Tensor) -> Tensor:
+        return torch.tanh(finals @ weight.T)
+
+    found, right = losses_of(ours, targets, base[told:], head)
+    logs = head(theirs).log_softmax(-1)
+    before = head(base[told:]).log_softmax(-1)
+    assert right.tolist() == (logs[:told].argmax(-1) == targets).tolist()
     moved = kl_div(logs[told:], before, reduction="none", log_target=True).sum(-1)
     plain = torch.cat((cross_entropy(logs[:told], targets, reduction="none"), moved))
     torch.testing.assert_close(found, plain)

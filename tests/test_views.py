@@ -201,7 +201,7 @@ def test_the_parts_together_are_the_model(lm64: LanguageModel, cut: int) -> None
     assert trunk.start == [0, 1, 3][cut]
     assert (hidden is None) == (cut == 0)
     assert_exact(trunk.logits(batch, hidden), expected)
-    assert_exact(trunk.base_logits(trunk.final(batch, hidden)), expected)
+    assert_exact(trunk.head(trunk.final(batch, hidden)), expected)
 
 
 def test_the_parts_together_are_the_model_in_float32(lm: LanguageModel) -> None:
@@ -209,7 +209,7 @@ def test_the_parts_together_are_the_model_in_float32(lm: LanguageModel) -> None:
     trunk = Trunk(lm, cuts(lm)[1])
     expected, hidden = whole(lm.model, batch, lm.kind), trunk.hidden(batch)
     assert_near(trunk.logits(batch, hidden), expected)
-    assert_near(trunk.base_logits(trunk.final(batch, hidden)), expected)
+    assert_near(trunk.head(trunk.final(batch, hidden)), expected)
 
 
 def test_edits_act_on_the_upper_part(lm64: LanguageModel) -> None:
@@ -244,7 +244,7 @@ def test_views_share_all_tensors_and_change_nothing(lm: LanguageModel) -> None:
     before, checksum = modules(lm.model), lm.checksum()
     batch = collate(lm, texts_for(lm))
     trunk = Trunk(lm, cuts(lm)[1])
-    trunk.base_logits(trunk.final(batch, trunk.hidden(batch)))
+    trunk.head(trunk.final(batch, trunk.hidden(batch)))
     target_logits(lm, batch)
     mine = {tensor.data_ptr() for tensor in (*lm.model.parameters(), *lm.model.buffers())}
     views = [view for view in vars(trunk).values() if isinstance(view, nn.Module)]
@@ -290,7 +290,7 @@ def assert_cache_changes_nothing(lm: LanguageModel, numbers: int) -> None:
             expected = whole(lm.model, batch, lm.kind)
             hidden, finals = cache.hidden(chosen), cache.finals(chosen)
             assert_near(trunk.logits(batch, hidden), expected)
-            assert_near(trunk.base_logits(finals), expected)
+            assert_near(trunk.head(finals), expected)
         # What is handed out may be written to.
         finals.zero_()
         assert hidden is not None
@@ -385,7 +385,7 @@ def test_a_split_model_gives_what_the_whole_one_gives(
         hidden = trunk.hidden(batch)
         with overlay(lm.model, update):
             resumed = trunk.logits(batch, hidden)
-        base = trunk.base_logits(trunk.final(batch, hidden))
+        base = trunk.head(trunk.final(batch, hidden))
         results.append([logits, resumed, base, *(f.gradient() for f in factors.values())])
     for whole_one, split_one in zip(*results, strict=True):
         assert torch.allclose(whole_one, split_one, rtol=1e-6, atol=1e-6)

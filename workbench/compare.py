@@ -13,13 +13,13 @@ from torch import Tensor
 
 from workbench.cancel import checkpoint
 from workbench.checks import check_count, check_text
+from workbench.divergence import kl
 from workbench.encoding import (
     Batch,
     as_read,
     collate,
     encode,
     has_label,
-    kl,
     label_names,
     padded,
     per_sequence_mean,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench.checks import check_text
@@ -301,59 +301,3 @@ def per_sequence_mean(values: Tensor, batch: Batch) -> Tensor:
     sums = per_sequence_sum(values, batch)
     counts = per_sequence_sum(torch.ones_like(values), batch)
     return sums / counts.clamp(min=1)
-
-
-def _blocks(logits: Tensor, start: int, end: int) -> Iterator[slice]:
-    """Rows, few at a time on the CPU, whose cache then holds them."""
-    size = 32 if logits.is_cpu else max(1, end)
-    return (slice(first, min(first + size, end)) for first in range(start, end, size))
-
-
-class _Losses(torch.autograd.Function):
-    """NLL of the first rows and KL(base || edited) of the others; their gradient, softmax(edited)
-    less what should be, is made in the same pass."""
-
-    @staticmethod
-    def forward(ctx: Any, edited: Tensor, targets: Tensor, base: Tensor) -> Tensor:
-        told, count = len(targets), len(edited)
-        losses = edited.new_empty(count, dtype=torch.float32)
-        slope = torch.empty_like(edited, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        for rows in _blocks(edited, 0, told):
-            after = log_softmax(edited[rows].float(), -1)
-            own = targets[rows].unsqueeze(1)
-            losses[rows] = after.gather(1, own).squeeze(1).neg_()
-            if slope is not None:
-                torch.exp(after, out=slope[rows])
-                slope[rows].scatter_add_(1, own, -torch.ones_like(own, dtype=torch.float32))
-        for rows in _blocks(edited, told, count):
-            after = log_softmax(edited[rows].float(), -1)
-            before = log_softmax(base[rows.start - told : rows.stop - told].float(), -1)
-            share = before.exp()
-            losses[rows] = torch.linalg.vecdot(share, before.sub_(after))
-            if slope is not None:
-                torch.sub(after.exp_(), share, out=slope[rows])
-        if slope is not None:
-            ctx.save_for_backward(slope)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope.mul_(slopes[0].unsqueeze(-1)), None, None  # once: autograd sees to that
-
-
-def nll_and_kl(edited: Tensor, targets: Tensor, base: Tensor) -> Tensor:
-    """Losses of next-token distributions, nats, `(n,)`: -log p of the first rows' targets, then
-    KL(base || edited) of the rows that are left.
-
-    Args:
-        edited: Logits, `(n, vocabulary)`.
-        targets: Ids, `(m,)`.
-        base: Logits of the original, `(n - m, vocabulary)`.
-    """
-    return _Losses.apply(edited, targets, base)  # type: ignore[no-any-return]
-
-
-def kl(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) of next-token distributions, nats, `(n, vocabulary)` -> `(n,)`."""
-    return nll_and_kl(edited, edited.new_empty(0, dtype=torch.long), base)

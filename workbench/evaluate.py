@@ -20,8 +20,9 @@ from workbench.compare import generate_texts
 from workbench.corpus import SENTENCES
 from workbench.crossing import Crossing
 from workbench.data import EditExample, Statement
+from workbench.divergence import kl
 from workbench.editors import Editor, EditRequest, TrainableEditor
-from workbench.encoding import Tokens, collate, first_token, kl, passes, tokenize, tokenize_text
+from workbench.encoding import Tokens, collate, first_token, passes, tokenize, tokenize_text
 from workbench.errors import EditError
 from workbench.layers import EditableLayer
 from workbench.metrics import EditorScores, EditScores, begins_with, exact, gathered, mean_or_none

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Rows of hidden states from which on the products gain more than watching all functions costs.
-_ROWS = 64
+_ROWS = 16
 
 
 def quick_products(rows: int) -> AbstractContextManager[object]:

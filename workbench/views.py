@@ -129,20 +129,21 @@ class Trunk:
         edited = [layer.block for layer in layers if layer.stack == first.name]
         self.start = min(edited, default=len(first.blocks))
         below = self.below = self._skips(first, self.start)
-        stop = {f"{last.path}.{len(last.blocks) - 1}": _StopAfter(last.blocks[-1])}
         everything = {k: v for stack in lm.stacks for k, v in self._skips(stack).items()}
         twice = {
             f"{stack.path}.{i}": _Twice(block)
             for stack in (lm.stacks if checkpointing else ())
             for i, block in enumerate(stack.blocks)
         }
+        end = f"{last.path}.{len(last.blocks) - 1}"
+        stop = {end: _StopAfter(twice.get(end, last.blocks[-1]))}
         self._upper = shallow(lm.model, twice | below | _head(lm))
-        self._upper_body = shallow(lm.model, below | stop)
+        self._upper_body = shallow(lm.model, twice | below | stop)
         self._top = shallow(lm.model, everything | _head(lm))
         self._lower = None
         if self.start:
-            end = first.blocks[self.start - 1]
-            self._lower = shallow(lm.model, {f"{first.path}.{self.start - 1}": _StopAfter(end)})
+            last_below = _StopAfter(first.blocks[self.start - 1])
+            self._lower = shallow(lm.model, {f"{first.path}.{self.start - 1}": last_below})
 
     def _skips(self, stack: Stack, end: int | None = None) -> dict[str, nn.Module]:
         blocks = stack.blocks[:end]
@@ -156,17 +157,16 @@ class Trunk:
         """Hidden states that enter the upper part, `(batch, tokens, width)`; None if it is all."""
         return None if self._lower is None else self._run(self._lower, batch)
 
-    @torch.no_grad()
-    def final(self, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """What `base_logits` needs to give the base model's logits at the target positions.
+    def final(self, batch: Batch, hidden: Tensor | None, again: Again | None = None) -> Tensor:
+        """What `head` needs to give the logits at the target positions; arguments as of `logits`.
 
         Returns:
             The last block's hidden states, `(n, width)`, before the norm; for a classifier,
             which may pool any position, the logits themselves, `(n, labels)`.
         """
         if self._lm.kind == "classifier":
-            return self.logits(batch, hidden)
-        with _resume(hidden):
+            return self.logits(batch, hidden, again)
+        with _resume(hidden, again and partial(_alike, again, batch)):
             return _at(self._run(self._upper_body, batch), batch.rows, batch.columns)
 
     def logits(self, batch: Batch, hidden: Tensor | None, again: Again | None = None) -> Tensor:
@@ -174,14 +174,11 @@ class Trunk:
 
         With `checkpointing`, blocks run again in the backward pass, in contexts that `again` makes.
         """
-        alike = again and partial(_alike, again, batch)
-        with _resume(hidden, alike):
+        with _resume(hidden, again and partial(_alike, again, batch)):
             return _at_targets(self._upper, batch, self._lm.kind)
 
-    @torch.no_grad()
-    def base_logits(self, final: Tensor) -> Tensor:
-        """The base model's logits, `(n, vocabulary)`, from what `final` returned, on the model's
-        device."""
+    def head(self, final: Tensor) -> Tensor:
+        """Logits, `(n, vocabulary)`, from what `final` returned, on the model's device."""
         if self._lm.kind == "classifier":
             return final
         n = len(final)
@@ -197,7 +194,7 @@ class Trunk:
     def _run(self, view: nn.Module, batch: Batch) -> Tensor:
         try:
             with quick_products(batch.positions):
-                view(**batch.inputs)
+                view(**batch.inputs, **_uncached(self._lm.kind))
         except _Reached as reached:
             output = reached.output
             self.tuples = isinstance(output, tuple)
@@ -251,9 +248,10 @@ class TrunkCache:
         """What `Trunk.final` gives at the target positions, `(n, width)`."""
         return torch.cat([row for (row,) in self._lookup(self._kept, "final", texts, self._finals)])
 
+    @torch.no_grad()
     def logits(self, texts: Sequence[Tokens]) -> Tensor:
         """The base model's logits at the target positions, `(n, vocabulary)`."""
-        return self.trunk.base_logits(self.finals(texts))
+        return self.trunk.head(self.finals(texts))
 
     def factors(self, texts: Sequence[Tokens], capture: Callable[[Sequence[Tokens]], Rows]) -> Rows:
         """What `capture` gives for each text, of those kept or anew."""
@@ -264,6 +262,7 @@ class TrunkCache:
         assert hidden is not None
         return [(row[: len(text.ids)].clone(),) for row, text in zip(hidden, texts, strict=True)]
 
+    @torch.no_grad()
     def _finals(self, texts: Sequence[Tokens]) -> Rows:
         final = self.trunk.final(collate(self._lm, texts), self.hidden(texts))
         return [(row.clone(),) for row in final.split([len(text.targets) for text in texts])]
@@ -347,9 +346,14 @@ def _at_targets(model: nn.Module, batch: Batch, kind: str) -> Tensor:
             return model(**batch.inputs).logits[batch.rows]
         reset = _positions.set((batch.rows, batch.columns))
         try:
-            return model(**batch.inputs, use_cache=False).logits.squeeze(0)
+            return model(**batch.inputs, **_uncached(kind)).logits.squeeze(0)
         finally:
             _positions.reset(reset)
+
+
+def _uncached(kind: str) -> dict[str, bool]:
+    """Nothing is generated, and blocks that run again must not read themselves."""
+    return {} if kind == "classifier" else {"use_cache": False}
 
 
 def _head(lm: LanguageModel) -> dict[str, nn.Module]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from workbench.divergence import kl
 from workbench.editors import Mend
-from workbench.encoding import Batch, Tokens, collate, kl
+from workbench.encoding import Batch, Tokens, collate
 from workbench.factors import Factors
 from workbench.training import EditTexts, TrainingConfig
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from workbench.corpus import SENTENCES
+from workbench.divergence import kl
 from workbench.editors.base import descend, register
 from workbench.editors.proposals import EditRequest, Proposal, gradient_factors
-from workbench.encoding import Tokens, collate, kl, sequence_nll, tokenize_text
+from workbench.encoding import Tokens, collate, sequence_nll, tokenize_text
 from workbench.errors import EditorError
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel

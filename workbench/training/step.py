@@ -14,14 +14,13 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench import parallel
+from workbench.divergence import losses_of
 from workbench.editors.base import TrainableEditor
 from workbench.editors.proposals import CapturedEdits
 from workbench.encoding import (
     Batch,
     Tokens,
     collate,
-    kl,
-    nll_and_kl,
     passes,
     per_sequence_mean,
     sequence_nll,
@@ -212,17 +211,17 @@ class MetaStep:
         for places in map(sorted, passes(lm, texts)):
             some = [texts[place] for place in places]
             batch, hidden = self._batch(some)
-            logits = self._edited(batch, hidden, leaves, owners[places])
+            finals = self._edited(batch, hidden, leaves, owners[places])
             first = sum(place < len(told) for place in places)
-            cut = sum(len(text.targets) for text in some[:first])
-            base = self.cache.logits(some[first:]) if some[first:] else logits[:0]
-            means = per_sequence_mean(nll_and_kl(logits, batch.targets[:cut], base), batch)
+            targets = batch.targets[: sum(len(text.targets) for text in some[:first])]
+            base = self.cache.finals(some[first:]) if some[first:] else finals[:0]
+            losses, right = losses_of(finals, targets, base, self.trunk.head)
+            means = per_sequence_mean(losses, batch)
             following = self._edit_loss(means[:first], some[:first]).sum() / counts.equivalents
             moved = means[first:].sum() / max(1, counts.locality)
             if means.requires_grad:
                 (config.c_edit * following + config.c_locality * moved).backward()
-            right = (logits.detach()[:cut].argmax(-1) == batch.targets[:cut]).float()
-            right = pad(right, (0, len(logits) - cut))
+            right = pad(right.float(), (0, len(losses) - len(right)))
             exact = (per_sequence_mean(right, batch) == 1).sum() / counts.equivalents
             sums[:3] += torch.stack((following.detach(), exact, moved.detach())).cpu()
             if some[first:] and self.editor.trains_base:
@@ -233,8 +232,8 @@ class MetaStep:
         """KL of the original to the trained base, by its count; its weighted gradient is added to
         the base's."""
         batch, hidden = self._batch(texts)
-        logits = self.trunk.logits(batch, hidden, nullcontext)
-        moved = per_sequence_mean(kl(base, logits), batch).sum() / count
+        finals = self.trunk.final(batch, hidden, nullcontext)
+        moved = per_sequence_mean(self._moved(base, finals), batch).sum() / count
         if moved.requires_grad:
             (self.config.c_base * moved).backward()
         return moved.detach().cpu()
@@ -252,9 +251,9 @@ class MetaStep:
         for places in passes(self.lm, texts) if texts else ():
             some = [texts[place] for place in places]
             batch, hidden = self._batch(some)
-            base = self.cache.logits(some)
-            logits = self._edited(batch, hidden, leaves, owners[places])
-            moves[places] = per_sequence_mean(kl(base, logits), batch).cpu()
+            finals = self._edited(batch, hidden, leaves, owners[places])
+            moved = self._moved(self.cache.finals(some), finals)
+            moves[places] = per_sequence_mean(moved, batch).cpu()
         held = []
         for edit, mine in zip(edits, moves.split([edit.near for edit in edits]), strict=True):
             hardest = mine.topk(min(most, edit.near)).indices.tolist()
@@ -267,7 +266,7 @@ class MetaStep:
     def _edited(
         self, batch: Batch, hidden: Tensor | None, leaves: Update, owners: Tensor
     ) -> Tensor:
-        """Logits at the targets, each text under the edits that own it."""
+        """What the head reads at the targets, each text under the edits that own it."""
         single = all(len(tensor) == 1 for tensor in leaves.tensors())
         mine = of_sequences(leaves, 0 if single else owners)
         with overlay(self.lm.model, mine) as reading:
@@ -276,7 +275,12 @@ class MetaStep:
                 reached = None if reading is None else reading.reached
                 return overlay(self.lm.model, mine, reached=reached)
 
-            return self.trunk.logits(batch, hidden, again)
+            return self.trunk.final(batch, hidden, again)
+
+    def _moved(self, base: Tensor, finals: Tensor) -> Tensor:
+        """KL of the original model's to these next-token distributions, `(n,)`."""
+        none = torch.empty(0, dtype=torch.long, device=self.lm.device)
+        return losses_of(finals, none, base, self.trunk.head)[0]
 
     def _chunked_backward(
         self, edits: CapturedEdits, slopes: Sequence[Tensor | None], at_once: int
