@@ -103,8 +103,8 @@ def test_what_does_not_fit_is_not_begun():
 def test_growth_is_measured_along_an_axis_and_drawn():
     found = growth("live edits", (1, 2), CPU, rounds=1)
     assert all(set(points) == {1, 2} for points in found.values())
-    assert len(found) == 3
+    assert len(found) == 5
     drawn: Any = figure({"live edits": found, "width": found})
-    assert len(drawn.data) == 6
-    assert [trace.showlegend for trace in drawn.data] == [True] * 3 + [False] * 3
+    assert len(drawn.data) == 10
+    assert [trace.showlegend for trace in drawn.data] == [True] * 5 + [False] * 5
     assert set(AXES) == {"width", "depth", "batch", "rank", "live edits"}

@@ -11,6 +11,12 @@ from torch.nn.functional import log_softmax
 
 # Rows whose logits are held at a time, and looked at: what the CPU's caches hold.
 _HELD, _LOOKED_AT = {"cpu": 256}, {"cpu": 32}
+_ELSEWHERE = 1024
+
+
+def rows_held(device: torch.device) -> int:
+    """Most rows whose logits are held at a time."""
+    return _HELD.get(device.type, _ELSEWHERE)
 
 
 def losses_of(
@@ -85,5 +91,5 @@ class _Losses(torch.autograd.Function):
 
 
 def _parts(tensor: Tensor, start: int, end: int, sizes: Mapping[str, int]) -> Iterator[slice]:
-    size = sizes.get(tensor.device.type, 1024)
+    size = sizes.get(tensor.device.type, _ELSEWHERE)
     return (slice(first, min(first + size, end)) for first in range(start, end, size))

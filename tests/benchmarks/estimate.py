@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.benchmarks.timing import Figures
 from workbench import LanguageModel, Mend, MendConfig
+from workbench.divergence import rows_held
 from workbench.encoding import Tokens, passes
 from workbench.layers import linear_shape
 from workbench.memory import size
@@ -141,9 +142,11 @@ class _Work:
             held += rows * _FLOAT * sum(x.in_features + x.out_features for x in self.editor.layers)
         targets = sum(len(text.targets) for text in texts)
         vocabulary = self.lm.model.config.get_text_config().vocab_size
-        # On the CPU a few rows' distributions at a time; their gradient stays.
-        floats = 1 if scored_on and scored_on.type == "cpu" else 4
-        logits = targets * vocabulary * (2 * self.each + floats * _FLOAT)
+        logits = targets * vocabulary * (2 * self.each + 4 * _FLOAT)
+        if scored_on:  # a few rows' at a time; on the CPU even fewer distributions
+            floats = 0 if scored_on.type == "cpu" else 4
+            some = min(targets, rows_held(scored_on))
+            logits = some * vocabulary * (3 * self.each + floats * _FLOAT)
         return held + scratch + logits + self._unpacked()
 
     def factors(self) -> int:

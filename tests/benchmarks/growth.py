@@ -1,4 +1,4 @@
-"""How the time of an edit and of a training step grows: tiny models of random weights, a figure."""
+"""How the times of what the workbench does grow: tiny models of random weights, a figure."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.benchmarks.setting import Step, facts, gather_statistics, texts_of
 from tests.benchmarks.shapes import SHAPES, random_model, word_tokenizer
 from tests.benchmarks.timing import Action, Figures, in_turn
 from workbench import Mend, MendConfig, Workbench, plots
+from workbench.evaluate import evaluate
 from workbench.models import device_named
 from workbench.style import MATRIX_COLORS, TEMPLATE
 from workbench.training import TrainingConfig
@@ -32,6 +33,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "live edits": (1, 2, 4, 8, 16),  # of a batch of 16, in training
 }
 EDIT, STEP, GENERATION = "an edit", "a training step", "eight tokens"
+EVALUATION, UNDO = "an evaluation", "an undo and redo"
 
 
 def main() -> None:
@@ -73,7 +75,8 @@ def _keywords(settings: dict[str, int]) -> dict[str, int]:
 def _actions(
     width: int, depth: int, batch: int, rank: int, live_edits: int, device: torch.device
 ) -> dict[str, Action]:
-    """An edit of a batch of requests, a step of a batch, a continuation under the live edits."""
+    """An edit of a batch of requests, a step and an evaluation of a batch, a continuation under the
+    live edits, an undo of the last."""
     config: Any = SHAPES["tiny"]()
     config.hidden_size, config.intermediate_size = width, 2 * width
     config.num_hidden_layers, config.head_dim = depth, width // config.num_attention_heads
@@ -94,13 +97,24 @@ def _actions(
     generate: Callable[[], object] = partial(
         bench.generate, examples[0].prompt, max_new_tokens=8, min_new_tokens=8
     )
-    return {EDIT: edit, STEP: step, GENERATION: generate}
+
+    def undo() -> None:
+        bench.undo()
+        bench.redo()
+
+    return {
+        EDIT: edit,
+        STEP: step,
+        GENERATION: generate,
+        EVALUATION: partial(evaluate, bench.editor, examples[:batch]),
+        UNDO: undo,
+    }
 
 
 def figure(ms: Figures) -> go.Figure:
     """One panel for each axis, both scales logarithmic."""
     drawn = make_subplots(rows=1, cols=len(ms), shared_yaxes=True, horizontal_spacing=0.02)
-    colors = dict(zip((EDIT, STEP, GENERATION), MATRIX_COLORS, strict=False))
+    colors = dict(zip((EDIT, STEP, GENERATION, EVALUATION, UNDO), MATRIX_COLORS, strict=False))
     named: set[str] = set()
     for column, (axis, lines) in enumerate(ms.items(), 1):
         for name, points in lines.items():

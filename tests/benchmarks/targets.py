@@ -49,6 +49,12 @@ class Target:
 _REFERENCE, _FLOOR = "× the reference loop's examples/s", "× the floor"
 TARGETS = (
     Target("edit of one round", ("edit", "edit_over_floor", "median"), 1.15, _FLOOR),
+    Target(
+        "edit as the default makes it",
+        ("edit", "edit_in_rounds_over_floor", "median"),
+        1.15,
+        _FLOOR,
+    ),
     *(
         Target(
             f"training at batch {size}",
@@ -66,6 +72,7 @@ TARGETS = (
         _REFERENCE,
         least=True,
     ),
+    Target("losses of the two apart", ("training", "losses_apart"), 1e-4, "of the reference's"),
     Target("undo", ("undo", "ms", "undo", "median"), 0.2, "ms"),
     Target(
         "generation with 10 live edits",

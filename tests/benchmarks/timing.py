@@ -22,12 +22,13 @@ def seconds(device: torch.device, action: Action) -> float:
         start = time.perf_counter()
         action()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    action()
-    end.record()
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        action()
+        end.record()
+        torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
 
 
