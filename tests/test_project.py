@@ -35,7 +35,7 @@ LAYERS = (
     ("gguf", "shipped", "subjects"),
     ("layers", "models", "memory", "encoding", "masks", "scope"),
     ("updates", "adapters", "stacking"),
-    ("crossing", "divergence", "metrics", "overlay", "factors", "views"),
+    ("crossing", "disk", "divergence", "metrics", "overlay", "factors", "views"),
     ("editors", "sentences", "rewrites"),
     ("training", "probes", "results"),
     ("neighborhood", "report"),

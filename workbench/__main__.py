@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from this trained editor (a folder or hub id), with a new run's settings",
     )
     train.add_argument("--resume", action="store_true")
+    train.add_argument(
+        "--cache-folder",
+        type=Path,
+        metavar="DIR",
+        help="keep what is constant in training on disk, beyond --cache-gb and for later runs",
+    )
     train.add_argument("--tensorboard", type=Path, metavar="DIR", help="log the losses there too")
     train.add_argument("--skip-bad", action="store_true", help="list malformed records and go on")
     _model(train, editor=False)

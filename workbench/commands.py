@@ -106,6 +106,7 @@ def train(options: argparse.Namespace) -> None:
                 "start": dict(editor.card) or None,
             },
             on_record=on_record,
+            cache_folder=options.cache_folder,
         )
         progress = trainer.run(resume=options.resume)
     _say(

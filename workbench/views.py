@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench.copies import shallow
+from workbench.disk import RowsOnDisk
 from workbench.encoding import Batch, Tokens, collate
 from workbench.errors import EditError, ModelError
 from workbench.layers import EditableLayer, Stack
@@ -229,10 +230,13 @@ class TrunkCache:
         trunk: The cut model.
         gigabytes: Memory to hold. 0 keeps nothing. Where it is full, gradient factors, the
             largest, make room first; then the texts kept longest.
+        disk: Holds all of it, too; what memory has no room for is read from there.
     """
 
-    def __init__(self, lm: LanguageModel, trunk: Trunk, gigabytes: float) -> None:
-        self._lm, self.trunk = lm, trunk
+    def __init__(
+        self, lm: LanguageModel, trunk: Trunk, gigabytes: float, disk: RowsOnDisk | None = None
+    ) -> None:
+        self._lm, self.trunk, self._disk = lm, trunk, disk
         self._kept: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]] = OrderedDict()
         self._factors: OrderedDict[tuple[str, Tokens], tuple[Tensor, ...]] = OrderedDict()
         self._bytes, self._limit = 0, int(gigabytes * 2**30)
@@ -277,7 +281,13 @@ class TrunkCache:
         # Computing may itself look up other things, and so push out what is kept: read it first.
         found = {text: kept[kind, text] for text in texts if (kind, text) in kept}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
+        anew = self._stored(kind, missing)
+        missing = [text for text in missing if text not in anew]
         for text, value in zip(missing, compute(missing) if missing else (), strict=True):
+            anew[text] = value
+            if self._disk:
+                self._disk.write(kind, text, value)
+        for text, value in anew.items():
             found[text] = kept[kind, text] = value
             self._bytes += _size(value)
         while self._bytes > self._limit:
@@ -286,6 +296,13 @@ class TrunkCache:
             _, value = least()
             self._bytes -= _size(value)
         return [found[text] for text in texts]
+
+    def _stored(self, kind: str, texts: Sequence[Tokens]) -> dict[Tokens, tuple[Tensor, ...]]:
+        """Of some texts, those on disk."""
+        if not self._disk:
+            return {}
+        rows = ((text, self._disk.read(kind, text)) for text in texts)
+        return {text: value for text, value in rows if value is not None}
 
 
 def _size(value: tuple[Tensor, ...]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from workbench import parallel
+from workbench.disk import RowsOnDisk
 from workbench.divergence import losses_of
 from workbench.editors.base import TrainableEditor
 from workbench.editors.proposals import CapturedEdits
@@ -96,15 +98,22 @@ class MetaStep:
         editor: What is trained.
         config: Weights of the losses.
         cached: Keep the lower part's output; False recomputes it each time.
+        cache_folder: Keep it on disk, too, for what memory does not hold and for later runs.
     """
 
     def __init__(
-        self, editor: TrainableEditor, config: TrainingConfig, cached: bool = True
+        self,
+        editor: TrainableEditor,
+        config: TrainingConfig,
+        cached: bool = True,
+        cache_folder: Path | None = None,
     ) -> None:
         self.editor, self.config, self.lm = editor, config, editor.lm
         self.trunk = Trunk(self.lm, editor.layers, checkpointing=config.checkpointing)
         original = Trunk(editor.original, editor.layers) if editor.trains_base else self.trunk
-        self.cache = TrunkCache(editor.original, original, config.cache_gb if cached else 0.0)
+        disk = RowsOnDisk(cache_folder, editor.original, editor.layers) if cache_folder else None
+        held = config.cache_gb if cached else 0.0
+        self.cache = TrunkCache(editor.original, original, held, disk)
 
     def losses(
         self, edits: Sequence[EditTexts], backward: bool = True, at_once: int = 1

@@ -72,6 +72,8 @@ class Trainer:
         on_step: Called with the progress and each step's losses; returning False stops training
             at that step, with a checkpoint. Processes must answer alike.
         on_record: Called with each record that is written to `log.jsonl`.
+        cache_folder: Keep what is constant in training there, too: for a model whose hidden states
+            memory does not hold (`cache_gb`), and for later runs over the same layers.
 
     Raises:
         EditorError: There are no examples, or the batch has no share for each process.
@@ -89,6 +91,7 @@ class Trainer:
         card: dict[str, Any] | None = None,
         on_step: Callable[[Progress, StepLosses], bool | None] | None = None,
         on_record: Callable[[Mapping[str, Any]], object] | None = None,
+        cache_folder: str | Path | None = None,
     ) -> None:
         if config.batch < config.at_once * parallel.count():
             raise EditorError(
@@ -103,7 +106,9 @@ class Trainer:
             )
         self.editor, self.config, self.folder = editor, config, Path(folder)
         self.sampler = TextSampler(editor.lm, examples, texts, config, editor.scoped)
-        self.meta = MetaStep(editor, config)
+        self.meta = MetaStep(
+            editor, config, cache_folder=Path(cache_folder) if cache_folder else None
+        )
         chooser = random.Random(config.seed)
         self._looks = [self.sampler.texts(e, chooser) for e in validation[: config.validation]]
         self._card, self._on_step, self._on_record = card or {}, on_step, on_record
