@@ -118,10 +118,11 @@ def test_a_step_of_training_is_the_same(
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-6)
 
 
-def test_short_texts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+def test_short_texts_and_other_devices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(products, "helpful", lambda: True)
-    assert not isinstance(quick_products(8), OneDnnProducts)
-    assert isinstance(quick_products(16), OneDnnProducts)
+    assert not isinstance(quick_products(torch.zeros(2, 4)), OneDnnProducts)
+    assert not isinstance(quick_products(torch.zeros(2, 8, device="meta")), OneDnnProducts)
+    assert isinstance(quick_products(torch.zeros(2, 8)), OneDnnProducts)
 
 
 @pytest.mark.parametrize(

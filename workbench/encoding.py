@@ -54,11 +54,6 @@ class Batch:
     def size(self) -> int:
         return self.inputs["input_ids"].shape[0]
 
-    @property
-    def positions(self) -> int:
-        """Tokens of all sequences, padding counted."""
-        return self.inputs["input_ids"].numel()
-
 
 def tokenize(lm: LanguageModel, prompt: str, target: str) -> Tokens:
     """Tokenise a prompt and the target that should follow it.

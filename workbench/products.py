@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 _ROWS = 16
 
 
-def quick_products(rows: int) -> AbstractContextManager[object]:
+def quick_products(ids: Tensor) -> AbstractContextManager[object]:
     """A context for a forward pass whose products with frozen weights are as quick as can be.
 
     Args:
-        rows: Tokens of all sequences that pass through the model, padding counted.
+        ids: What the model reads, `(batch, tokens)`, on its device.
     """
-    return OneDnnProducts() if rows >= _ROWS and helpful() else nullcontext()
+    long = ids.is_cpu and ids.numel() >= _ROWS
+    return OneDnnProducts() if long and helpful() else nullcontext()
 
 
 @cache

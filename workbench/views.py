@@ -194,7 +194,7 @@ class Trunk:
 
     def _run(self, view: nn.Module, batch: Batch) -> Tensor:
         try:
-            with quick_products(batch.positions):
+            with quick_products(batch.inputs["input_ids"]):
                 view(**batch.inputs, **_uncached(self._lm.kind))
         except _Reached as reached:
             output = reached.output
@@ -215,7 +215,7 @@ def _resume(hidden: Tensor | None, again: Again | None = None) -> Iterator[None]
 @contextmanager
 def _alike(again: Again, batch: Batch) -> Iterator[None]:
     """Where blocks run again: as `again` says, and with the products that they ran with."""
-    with quick_products(batch.positions), again():
+    with quick_products(batch.inputs["input_ids"]), again():
         yield
 
 
@@ -334,7 +334,7 @@ class LayerInputs:
     def __call__(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """The layer's inputs, `(batch, tokens, in)`; resumed from the trunk's `hidden`."""
         try:
-            with _resume(hidden), quick_products(batch.positions):
+            with _resume(hidden), quick_products(batch.inputs["input_ids"]):
                 self._view(**batch.inputs)
         except _Reached as reached:
             inputs: Tensor = reached.output
@@ -358,7 +358,7 @@ _selecting: WeakKeyDictionary[LanguageModel, nn.Module] = WeakKeyDictionary()
 
 
 def _at_targets(model: nn.Module, batch: Batch, kind: str) -> Tensor:
-    with quick_products(batch.positions):
+    with quick_products(batch.inputs["input_ids"]):
         if kind == "classifier":
             return model(**batch.inputs).logits[batch.rows]
         reset = _positions.set((batch.rows, batch.columns))
