@@ -271,7 +271,9 @@ def test_kl_is_that_of_the_definition(logits: list[list[float]]):
     assert kl(base[None], base[None]).item() == 0
 
 
-@pytest.mark.parametrize(("told", "rows"), [(0, 3), (3, 3), (0, 70), (40, 99), (99, 99), (0, 0)])
+@pytest.mark.parametrize(
+    ("told", "rows"), [(0, 3), (3, 3), (0, 70), (40, 99), (99, 99), (0, 0), (300, 700)]
+)
 def test_losses_and_their_gradient_are_those_of_the_definition(told: int, rows: int):
     draw = torch.Generator().manual_seed(0)
     base, edited = torch.randn(2, rows, 5, generator=draw) * 3

@@ -14,6 +14,8 @@ from workbench.files import read_tensors, write_tensors
 from workbench.layers import EditableLayer
 from workbench.models import LanguageModel
 
+_MODEL = "model"  # the device of its first part
+
 
 class RowsOnDisk:
     """What a frozen model makes of texts, a file for each, of these weights and layers only.
@@ -28,25 +30,29 @@ class RowsOnDisk:
 
     def __init__(self, folder: Path, lm: LanguageModel, layers: Sequence[EditableLayer]) -> None:
         about = [lm.fingerprint(), *(layer.name for layer in layers)]
-        self.folder = folder / _named(about)
+        self.folder, self._device = folder / _named(about), lm.device
 
     def read(self, kind: str, text: Tokens) -> tuple[Tensor, ...] | None:
-        """A text's rows, to the bit, on the devices that they were on; None where there are none.
+        """A text's rows, to the bit; None where there are none.
 
         Args:
             kind: Of rows.
             text: The text.
+
+        Returns:
+            On the model's device; of a model on several, what was on another one there.
         """
         path = self._path(kind, text)
         if not path.is_file():
             return None
         try:
             tensors, about = read_tensors(path, FileError)
-            devices = about["devices"].split()
-            rows = [tensors[str(place)].to(device) for place, device in enumerate(devices)]
+            devices = [
+                name if name != _MODEL else self._device for name in about["devices"].split()
+            ]
+            return tuple(tensors[str(place)].to(device) for place, device in enumerate(devices))
         except (FileError, KeyError):
             return None
-        return tuple(rows)
 
     def write(self, kind: str, text: Tokens, rows: tuple[Tensor, ...]) -> None:
         """Keep a text's rows.
@@ -55,9 +61,9 @@ class RowsOnDisk:
             FileError: The disk is full, or the folder cannot be written.
         """
         tensors = {str(place): row.contiguous() for place, row in enumerate(rows)}
-        write_tensors(
-            self._path(kind, text), tensors, {"devices": " ".join(str(row.device) for row in rows)}
-        )
+        # The processes of one run each have a device of their own.
+        devices = [_MODEL if row.device == self._device else str(row.device) for row in rows]
+        write_tensors(self._path(kind, text), tensors, {"devices": " ".join(devices)})
 
     def _path(self, kind: str, text: Tokens) -> Path:
         name = _named([kind, repr(text)])
