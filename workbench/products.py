@@ -29,14 +29,17 @@ def quick_products(ids: Tensor) -> AbstractContextManager[object]:
     return OneDnnProducts() if long and helpful() else nullcontext()
 
 
+def available() -> bool:
+    """Whether this torch has oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @cache
 def helpful() -> bool:
     """Whether oneDNN is there and is the faster one on this CPU."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
     about = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and "AMD" in about.get("cpu_name", "") and about.get("avx512_f", False)
+    slow = torch.backends.mkl.is_available() and available()
+    return slow and "AMD" in about.get("cpu_name", "") and about.get("avx512_f", False)
 
 
 class OneDnnProducts(TorchFunctionMode):
@@ -53,7 +56,7 @@ class OneDnnProducts(TorchFunctionMode):
             inputs, weight, *bias = args
             if _fits(inputs, weight, *bias):
                 return _Product.apply(inputs, weight, *bias)
-        elif func is torch.addmm and not kwargs:  # Conv1D, as GPT-2 has it
+        elif func is torch.addmm and len(args) == 3 and not kwargs:  # Conv1D, as GPT-2 has it
             bias, inputs, weight = args
             if _fits(inputs, weight, bias) and bias.dim() == 1:
                 return _Product.apply(inputs, weight.t(), bias)

@@ -19,6 +19,7 @@ from tests.benchmarks.evaluation import evaluation
 from tests.benchmarks.generation import generation
 from tests.benchmarks.opening import imports, opening
 from tests.benchmarks.peaks import peaks
+from tests.benchmarks.products import products
 from tests.benchmarks.setting import Setting
 from tests.benchmarks.targets import judged, markdown
 from tests.benchmarks.timing import Figures
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Setting, int], Figures], int]] = {
     "training": (training, 5),
     "rank": (rank, 3),
     "evaluation": (evaluation, 3),
+    "products": (products, 1),
     "imports": (imports, 3),
     "opening": (opening, 3),
 }
